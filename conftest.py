@@ -1,0 +1,3 @@
+"""Makes `pytest suites/...` work from a clone that is not installed."""
+
+pytest_plugins = ("harness.plugin",)

@@ -1,0 +1,71 @@
+"""Finds backends: the files of this folder, the entry-point group `moecheck.backends`, and plugin files by path."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from harness.backends.base import Backend
+from harness.errors import PluginError
+
+GROUP = "moecheck.backends"
+
+
+def discover(plugins: Iterable[str] = ()) -> dict[str, Backend]:
+    """Every backend by name. PluginError names the file that fails to import, declares nothing or reuses a name."""
+    found: dict[str, Backend] = {}
+    for origin, module in _modules(plugins):
+        for backend in _declared(origin, module):
+            if backend.name in found:
+                raise PluginError(f"{origin}: backend {backend.name!r} is already defined elsewhere; choose another name")
+            found[backend.name] = backend
+    return found
+
+
+def _modules(plugins: Iterable[str]) -> Iterable[tuple[str, ModuleType]]:
+    for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        if info.name != "base" and not info.name.startswith("_"):
+            yield info.name, importlib.import_module(f"{__name__}.{info.name}")
+    for entry in entry_points(group=GROUP):
+        yield f"entry point {entry.name}", _guarded(f"entry point {entry.name}", entry.load)
+    for path in plugins:
+        yield path, load_file(path)
+
+
+def load_file(path: str) -> ModuleType:
+    """Import a plugin file; PluginError if it is missing or raises."""
+    file = Path(path)
+    if not file.is_file():
+        raise PluginError(f"plugin {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"moecheck_plugin_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+
+    def run() -> ModuleType:
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(module)
+        return module
+
+    return _guarded(f"plugin {path}", run)
+
+
+def _guarded(origin: str, load: object) -> ModuleType:
+    try:
+        module = load()  # type: ignore[operator]
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{origin}: does not import: {type(error).__name__}: {error}") from error
+    if not isinstance(module, ModuleType):
+        raise PluginError(f"{origin}: wanted a module that defines BACKENDS, got {type(module).__name__}")
+    return module
+
+
+def _declared(origin: str, module: ModuleType) -> tuple[Backend, ...]:
+    declared = getattr(module, "BACKENDS", None)
+    if not isinstance(declared, tuple) or not declared or not all(isinstance(b, Backend) for b in declared):
+        raise PluginError(f"{origin}: declares no backends; wanted BACKENDS = (Backend(...), ...), got {declared!r:.80}")
+    return declared

@@ -1,0 +1,105 @@
+"""What a backend is: one kernel library's MoE entry point, what it can do, and how to call it.
+
+A backend is one file that defines `BACKENDS`. It packs the logical inputs into the library's physical layout; it never
+imports the reference's layer, experts or routing: the subject must not be its own oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from harness.case import Case
+from reference.rounding import Rounding
+
+if TYPE_CHECKING:
+    from harness.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a case runs. kind: "cpu" or "cuda"; arch: "cpu", "sm90", ...; name: as the driver says."""
+
+    kind: str
+    arch: str
+    name: str = ""
+
+
+CPU = Device("cpu", "cpu")
+
+
+@dataclass(frozen=True)
+class Support:
+    """An answer given in advance. kind: "ok", "library" or "arch" (UNAVAILABLE), "case" (UNSUPPORTED)."""
+
+    ok: bool
+    reason: str = ""
+    kind: str = "ok"
+
+    @classmethod
+    def no(cls, kind: str, reason: str) -> Support:
+        """A refusal; the reason is shown to the user."""
+        return cls(False, reason, kind)
+
+
+YES = Support(True)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A prepared call. `call()` runs the kernel once and returns [tokens, hidden]; `buffers` are the tensors it reads:
+    the pipeline checks that they are the same afterwards."""
+
+    call: Callable[[], Tensor]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def always(device: Device) -> Support:
+    """A probe that never refuses."""
+    return YES
+
+
+def anything(case: Case) -> str | None:
+    """A `refuses` that never does."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A subject under test.
+
+    name: unique; library: the distribution whose version is recorded; deterministic: the same call twice gives the same
+    bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
+    kernel that is handed top-k ids and weights. rounding(case): where it rounds. probe(device): can it run here at all,
+    asked once in the child. refuses(case): a reason for any further limit. prepare(case, inputs): pack and bind.
+    """
+
+    name: str
+    library: str
+    deterministic: bool
+    recipes: tuple[str, ...]
+    activations: tuple[str, ...]
+    prepare: Callable[[Case, Inputs], Launch]
+    rounding: Callable[[Case], Rounding]
+    routings: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    probe: Callable[[Device], Support] = always
+    refuses: Callable[[Case], str | None] = anything
+    summary: str = ""
+
+    def supports(self, case: Case, device: Device) -> Support:
+        """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""
+        if self.archs and device.arch not in self.archs:
+            return Support.no("arch", f"needs {' or '.join(self.archs)}; this is {device.arch}")
+        for what, given, known in (
+            ("recipe", str(case.recipe), self.recipes),
+            ("activation", case.activation, self.activations),
+            ("routing", case.routing, self.routings or (case.routing,)),
+        ):
+            if given not in known:
+                return Support.no("case", f"{what} {given}: takes {', '.join(known)}")
+        reason = self.refuses(case)
+        return YES if reason is None else Support.no("case", reason)

@@ -1,0 +1,84 @@
+"""torch.nn.functional.grouped_mm (CUTLASS on SM90, a native kernel on the CPU): bf16 expert GEMMs between torch ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.backends.base import Backend, Device, Launch, Support, YES
+from harness.case import Case
+from harness.inputs import Inputs
+from reference.rounding import Rounding
+
+ALIGNMENT = 8  # grouped_mm wants 16-byte aligned strides: 8 bf16 elements
+
+
+def probe(device: Device) -> Support:
+    """grouped_mm became public in torch 2.10; before that it is torch._grouped_mm."""
+    if _grouped_mm() is None:
+        return Support.no("library", f"torch {torch.__version__} has no grouped_mm")
+    return YES
+
+
+def _grouped_mm():  # type: ignore[no-untyped-def]
+    return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def refuses(case: Case) -> str | None:
+    """16-byte row strides on both reduction axes."""
+    for name, size in (("hidden", case.shape.hidden), ("inter", case.shape.inter)):
+        if size % ALIGNMENT:
+            return f"{name} {size} is not a multiple of {ALIGNMENT} (16-byte strides)"
+    return None
+
+
+def prepare(case: Case, inputs: Inputs) -> Launch:
+    """w13 [experts, hidden, 2 * inter] and w2 [experts, inter, hidden] as transposed views; tokens sorted by expert."""
+    experts = range(case.shape.experts)
+    pairs = [inputs.gate_up(e) for e in experts]
+    w13 = torch.stack([torch.cat([q.codes for q in pair if q is not None]) for pair in pairs])
+    w2 = torch.stack([inputs.down(e).codes for e in experts])
+    buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
+    gated = pairs[0][1] is not None
+    return Launch(lambda: layer(buffers, case.activation, gated), buffers)
+
+
+def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
+    """The layer as a user of grouped_mm writes it: sort, GEMM, activate in fp32, GEMM, weighted fp32 scatter-add."""
+    tokens, top_k = b["ids"].shape
+    order = b["ids"].flatten().argsort(stable=True)
+    counts = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0])
+    ends = counts.cumsum(0).to(torch.int32)
+    grouped_mm = _grouped_mm()
+    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
+    middle = _activate(pre.float(), activation, gated).to(pre.dtype)
+    rows = grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends)
+    weighted = rows.float() * b["weights"].flatten()[order, None]
+    by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
+    return by_slot.view(tokens, top_k, -1).sum(1).to(pre.dtype)
+
+
+def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
+    functions = {"swiglu": torch.nn.functional.silu, "silu": torch.nn.functional.silu, "geglu": torch.nn.functional.gelu}
+    functions |= {"gelu": torch.nn.functional.gelu, "relu": torch.relu}
+    if not gated:
+        return functions[activation](pre)
+    gate, up = pre.chunk(2, dim=-1)
+    return functions[activation](gate) * up
+
+
+BACKENDS = (
+    Backend(
+        name="torch_grouped_mm",
+        library="torch",
+        deterministic=True,
+        recipes=("bf16",),
+        activations=("swiglu", "geglu", "silu", "gelu", "relu"),
+        archs=("cpu", "sm90", "sm100"),
+        rounding=lambda case: Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16"),
+        probe=probe,
+        refuses=refuses,
+        prepare=prepare,
+        summary="bf16 grouped GEMMs of torch with eager torch around them",
+    ),
+)

@@ -1,0 +1,183 @@
+"""A case is its id: everything that decides the inputs and the expected output, readable and parseable.
+
+    moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0
+    op  recipe tokens hidden inter experts top_k routing activation format fill [skew] seed
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from harness.errors import CaseError, UnknownName
+from reference.activation import ACTIVATIONS
+from reference.formats import all_formats
+from reference.routing import RULES
+
+OPS = ("moe",)
+ACTIVATION_FORMATS = ("standard",)
+FILLS = ("exact", "real")
+SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
+MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
+MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
+
+_ID = re.compile(
+    r"(?P<op>[a-z]\w*)\.(?P<recipe>[\w-]+)\.t(?P<tokens>\d+)\.h(?P<hidden>\d+)\.i(?P<inter>\d+)\.e(?P<experts>\d+)"
+    r"\.k(?P<top_k>\d+)\.(?P<routing>[a-z]\w*)\.(?P<activation>[a-z]\w*)\.(?P<activation_format>[a-z]\w*)"
+    r"\.(?P<fill>[a-z]+)(?:\.(?P<skew>[a-z]+))?\.s(?P<seed>\d+)"
+)
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """Sizes of the layer: x [tokens, hidden], w13 [experts, 2 * inter, hidden], w2 [experts, hidden, inter]."""
+
+    tokens: int
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"t{self.tokens}.h{self.hidden}.i{self.inter}.e{self.experts}.k{self.top_k}"
+
+
+@dataclass(frozen=True, order=True)
+class Recipe:
+    """Format names of what the layer reads and writes: weights, activations, the input of GEMM 2, the output.
+
+    Text: `weights[-acts[-middle[-out]]]`, trailing defaults dropped. Defaults: acts = weights where those are plain, else
+    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is fp32.
+    """
+
+    weights: str
+    acts: str
+    middle: str
+    out: str
+    accumulate: str = "fp32"
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """The recipe written as `text`; CaseError if it has more than four parts, UnknownName for an unknown format."""
+        parts = text.split("-")
+        if len(parts) > 4 or not all(parts):
+            raise CaseError(f"recipe {text!r} does not parse; wanted weights[-acts[-middle[-out]]], e.g. nvfp4 or mxfp4-fp16")
+        for name in parts:
+            if name not in all_formats():
+                raise UnknownName("format", name, all_formats())
+        weights = parts[0]
+        acts = parts[1] if len(parts) > 1 else (weights if _plain(weights) else "bf16")
+        middle = parts[2] if len(parts) > 2 else acts
+        out = parts[3] if len(parts) > 3 else (acts if _plain(acts) else "bf16")
+        return cls(weights, acts, middle, out)
+
+    def __str__(self) -> str:
+        parts = [self.weights, self.acts, self.middle, self.out]
+        while len(parts) > 1 and Recipe.parse("-".join(parts[:-1])) == self:
+            parts.pop()
+        return "-".join(parts)
+
+
+def _plain(name: str) -> bool:
+    return all_formats()[name].scaling is None
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One question to a kernel. Equal ids mean equal bytes of input on any device, on any day."""
+
+    op: str
+    shape: Shape
+    routing: str
+    activation: str
+    recipe: Recipe
+    fill: str
+    skew: str = "uniform"
+    activation_format: str = "standard"
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """The canonical text; `Case.parse` inverts it."""
+        skew = "" if self.skew == "uniform" else f".{self.skew}"
+        names = f"{self.routing}.{self.activation}.{self.activation_format}.{self.fill}"
+        return f"{self.op}.{self.recipe}.{self.shape}.{names}{skew}.s{self.seed}"
+
+    def __str__(self) -> str:
+        return self.id
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case called `text`; CaseError or UnknownName says what is wrong with it."""
+        match = _ID.fullmatch(text.strip())
+        if match is None:
+            raise CaseError(f"case id {text!r} does not parse; wanted e.g. {EXAMPLE_ID}")
+        given = match.groupdict()
+        case = cls(
+            op=given["op"],
+            shape=Shape(*(int(given[k]) for k in ("tokens", "hidden", "inter", "experts", "top_k"))),
+            routing=given["routing"],
+            activation=given["activation"],
+            recipe=Recipe.parse(given["recipe"]),
+            fill=given["fill"],
+            skew=given["skew"] or "uniform",
+            activation_format=given["activation_format"],
+            seed=int(given["seed"]),
+        )
+        if case.id != text.strip():
+            raise CaseError(f"case id {text!r} is not canonical; write {case.id}")
+        case.check()
+        return case
+
+    def check(self) -> None:
+        """UnknownName or CaseError if this case cannot exist."""
+        for kind, name, known in (
+            ("op", self.op, OPS),
+            ("routing", self.routing, tuple(RULES)),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("activation format", self.activation_format, ACTIVATION_FORMATS),
+            ("fill", self.fill, FILLS),
+            ("skew", self.skew, SKEWS),
+        ):
+            if name not in known:
+                raise UnknownName(kind, name, known)
+        if problem := self.problem():
+            raise CaseError(f"case {self.id} is impossible: {problem}")
+
+    def problem(self) -> str | None:
+        """Why this combination cannot exist, or None."""
+        return _shape_problem(self.shape) or _rule_problem(self)
+
+    def with_(self, **changes: object) -> Case:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+EXAMPLE_ID = "moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0"
+
+
+def _shape_problem(shape: Shape) -> str | None:
+    if min(shape.hidden, shape.inter, shape.experts, shape.top_k) < 1:
+        return "hidden, inter, experts and top_k must be at least 1"
+    if shape.top_k > shape.experts:
+        return f"top_k {shape.top_k} exceeds experts {shape.experts}"
+    if shape.experts > MAX_EXPERTS:
+        return f"at most {MAX_EXPERTS} experts, got {shape.experts}"
+    if 2 * shape.inter * shape.hidden >= MAX_ELEMENTS or shape.tokens * shape.hidden >= MAX_ELEMENTS:
+        return f"a tensor of {MAX_ELEMENTS} elements or more"
+    return None
+
+
+def _rule_problem(case: Case) -> str | None:
+    shape, recipe = case.shape, case.recipe
+    if problem := RULES[case.routing].problem(shape.experts, shape.top_k):
+        return problem
+    if any(not _plain(name) for name in (recipe.acts, recipe.middle, recipe.out)):
+        return f"recipe {recipe}: quantised activations are not judged yet, only quantised weights"
+    if case.skew == "half" and (shape.experts < 2 * shape.top_k or RULES[case.routing].groups[0] > 1):
+        return "skew half wants experts >= 2 * top_k and an ungrouped routing rule"
+    if case.fill == "exact" and not ACTIVATIONS[case.activation].exact:
+        return f"{case.activation} has no exact fill: it does not saturate to the identity"
+    if case.fill == "exact" and shape.top_k & (shape.top_k - 1):
+        return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {shape.top_k}"
+    return None

@@ -1,0 +1,84 @@
+"""Expected + output -> Comparison. Pure; a tolerance here is a sentence with a derivation, never a percentage.
+
+exact: `torch.equal`, element by element, -0 equal to +0.
+real:  z = |got - expected| / sigma. An error built from many independent roundings is close to normal, so the largest of N
+       stays below the two-sided normal quantile at FALSE_ALARM / N; and the mean of z**2 stays near 1.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from harness.oracle import Expected
+from harness.verdict import Comparison, Sample
+
+FALSE_ALARM = 1e-6  # probability that a right kernel exceeds the limit in one case, if z is normal
+SAMPLES = 5
+MEAN_Z2_SIGMAS = 6.0
+MEAN_Z2_SLACK = 0.05  # a declared recipe sits at 1.00 +- 0.05 (lanes.md measured 0.965 and 0.999)
+
+
+def compare(expected: Expected, got: Tensor) -> Comparison:
+    """Compare got [tokens, hidden] (any float dtype, CPU) with `expected`; ambiguous rows are left out."""
+    judged = ~expected.ambiguous
+    actual = got.double()
+    error = (actual - expected.value).abs()
+    finite = actual.isfinite()
+    z = torch.where(error == 0, 0.0, error / expected.sigma)
+    z = torch.where(finite, z, torch.inf)
+    limit = 0.0 if expected.exact else z_limit(int(judged.sum()) * got.shape[-1])
+    bad = (z > limit) & judged[:, None]
+    usable = finite & judged[:, None]
+    norm = expected.value[usable].square().sum().sqrt()
+    mean_z2 = float(z[usable].square().mean()) if usable.any() else 0.0
+    return Comparison(
+        lane="exact" if expected.exact else "real",
+        total=int(judged.sum()) * got.shape[-1],
+        beyond=int(bad.sum()),
+        worst=float(z[judged].max()) if z[judged].numel() else 0.0,
+        limit=limit,
+        mean_z2=mean_z2,
+        mean_z2_limit=mean_z2_limit(expected, judged),
+        rel_l2=float(error[usable].square().sum().sqrt() / norm) if norm > 0 else 0.0,
+        nonfinite=int((~finite & judged[:, None]).sum()),
+        rows_hit=int(bad.any(-1).sum()),
+        experts_hit=_experts_hit(expected, bad),
+        samples=_samples(expected, actual, z, bad),
+    )
+
+
+def z_limit(elements: int) -> float:
+    """The two-sided normal quantile at FALSE_ALARM / elements."""
+    return -NormalDist().inv_cdf(FALSE_ALARM / (2 * max(1, elements)))
+
+
+def mean_z2_limit(expected: Expected, judged: Tensor) -> float:
+    """1 + slack + 6 standard deviations of the mean of z**2.
+
+    Middle errors are shared by a token's columns, so a token holds at most about `columns` and no fewer than a tenth as
+    many independent errors; a mean of n squares of normals has standard deviation sqrt(2 / n).
+    """
+    independent = max(1.0, float(judged.sum()) * expected.value.shape[-1] / 10)
+    return 1 + MEAN_Z2_SLACK + MEAN_Z2_SIGMAS * math.sqrt(2 / independent)
+
+
+def _experts_hit(expected: Expected, bad: Tensor) -> tuple[int, ...]:
+    """Experts all of whose tokens are hit, when not everything is: what a lost or broken expert looks like."""
+    rows = bad.any(-1)
+    if not rows.any() or rows.all():
+        return ()
+    touched = expected.routing.ids[rows].unique()
+    untouched = expected.routing.ids[~rows].unique()
+    return tuple(int(e) for e in touched if e not in untouched)
+
+
+def _samples(expected: Expected, actual: Tensor, z: Tensor, bad: Tensor) -> tuple[Sample, ...]:
+    flat = torch.where(bad, z, -1.0).flatten()
+    worst = flat.topk(min(SAMPLES, int(bad.sum()))).indices
+    columns = actual.shape[-1]
+    places = [(int(i) // columns, int(i) % columns) for i in worst]
+    return tuple(Sample(t, c, float(expected.value[t, c]), float(actual[t, c]), float(z[t, c])) for t, c in places)

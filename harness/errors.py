@@ -1,0 +1,53 @@
+"""Faults of the user or of moecheck itself; a kernel's fault is never an exception, it is a Verdict.
+
+MoecheckError                 exit code 3; the message says what was given, what was wanted, what to do
+|-- CaseError                 a case id that does not parse, or an impossible combination
+|-- ConfigError               a YAML file: file, line, given, wanted
+|-- UnknownName               no backend / platform / tier / format of that name: the nearest ones
+|-- PluginError               a plugin that does not import, declares nothing, or lies about what it is
+|-- SelectionError            nothing left to run
+`-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoecheckError(Exception):
+    """Base: something the person at the keyboard can fix."""
+
+
+class CaseError(MoecheckError):
+    """A case that cannot exist."""
+
+
+class ConfigError(MoecheckError):
+    """A configuration file that says something we cannot follow."""
+
+    def __init__(self, file: str, line: int | None, given: str, wanted: str) -> None:
+        where = file if line is None else f"{file}:{line}"
+        super().__init__(f"{where}: given {given}; wanted {wanted}")
+
+
+class UnknownName(MoecheckError):
+    """A name nobody registered."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"{kind} {name!r} is unknown; {hint}")
+
+
+class PluginError(MoecheckError):
+    """A backend file that breaks its contract before any kernel runs."""
+
+
+class SelectionError(MoecheckError):
+    """The filters leave nothing to run; a run of nothing would look green."""
+
+
+class RunFolderError(MoecheckError):
+    """The run folder cannot be used."""

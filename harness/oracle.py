@@ -1,0 +1,142 @@
+"""Case + Inputs -> Expected: the value, how far a right kernel may be from it, and what wrong kernels would have said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.inputs import Inputs, make_inputs
+from reference.activation import ACTIVATIONS
+from reference.bounds import finalize_variance, row_variance
+from reference.experts import ExpertPass, ExpertWeights, forward
+from reference.format import Quantized
+from reference.formats import get
+from reference.moe import finalize, passes
+from reference.rounding import IDEAL, Rounding
+from reference.routing import Routing
+
+AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than this, either expert is a right answer
+SATURATES = Rounding(activated="fp32")  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The judge's side of a case, on the CPU, float64.
+
+    value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
+    ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel;
+    contribution(e): what expert e adds to the output, computed when asked.
+    """
+
+    value: Tensor
+    sigma: Tensor
+    exact: bool
+    reason: str
+    routing: Routing
+    ambiguous: Tensor
+    impostors: dict[str, Tensor]
+    contribution: Callable[[int], Tensor]
+
+
+@dataclass
+class _Accumulated:
+    """Rows [tokens * top_k, hidden] gathered over the experts."""
+
+    row: Tensor
+    variance: Tensor
+    swapped: Tensor
+    stale: Tensor
+    inexact: list[str] = field(default_factory=list)
+
+
+def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
+    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points."""
+    shape, activation = case.shape, ACTIVATIONS[case.activation]
+    stale_x = make_inputs(case, inputs.device, variant="/previous").x.double()
+    slots = shape.tokens * shape.top_k
+    zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
+    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone())
+    ideal = SATURATES if case.fill == "exact" else IDEAL
+    for _, mine, done, weights in passes(inputs.x, inputs.routing, weight_source(inputs), shape.experts, activation, ideal):
+        rows.row[mine] = done.row
+        rows.variance[mine] = row_variance(done, weights, activation, rounding)
+        rows.swapped[mine] = _swapped(case, done, weights)
+        rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
+        if case.fill == "exact":
+            rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
+    return _assemble(case, inputs, rounding, rows)
+
+
+def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:
+    shape, routing = case.shape, inputs.routing
+
+    def per_token(x: Tensor) -> Tensor:
+        return x.view(shape.tokens, shape.top_k, shape.hidden)
+
+    value = finalize(per_token(rows.row), routing.weights)
+    variance = finalize_variance(per_token(rows.row), per_token(rows.variance), routing.weights, rounding)
+    rounded = finalize(per_token(rows.row), routing.weights, rounding)
+    if case.fill == "exact" and not torch.equal(rounded, value):
+        rows.inexact.append("the sum over experts")
+    one_less = routing.weights.clone()
+    one_less[:, -1] = 0
+    impostors = {
+        "zeros": torch.zeros_like(value),
+        "stale": finalize(per_token(rows.stale), routing.weights),
+        "gate_up_swap": finalize(per_token(rows.swapped), routing.weights),
+        "dropped_slot": finalize(per_token(rows.row), one_less),
+    }
+    if not ACTIVATIONS[case.activation].gated:
+        del impostors["gate_up_swap"]
+    return Expected(
+        value=value.cpu(),
+        sigma=variance.sqrt().cpu(),
+        exact=case.fill == "exact" and not rows.inexact,
+        reason=f"rounding changes {', '.join(dict.fromkeys(rows.inexact))}" if rows.inexact else "",
+        routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
+        ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
+        impostors={name: wrong.cpu() for name, wrong in impostors.items()},
+        contribution=lambda expert: _contribution(case, inputs, expert),
+    )
+
+
+def weight_source(inputs: Inputs) -> Callable[[int], ExpertWeights]:
+    """Decode one expert's weights to float64 when asked."""
+    fmt = get(inputs.case.recipe.weights)
+
+    def decode(q: Quantized) -> Tensor:
+        return fmt.decode(q)
+
+    def source(expert: int) -> ExpertWeights:
+        gate, up = inputs.gate_up(expert)
+        return ExpertWeights(decode(gate), None if up is None else decode(up), decode(inputs.down(expert)))
+
+    return source
+
+
+def _swapped(case: Case, done: ExpertPass, weights: ExpertWeights) -> Tensor:
+    """The rows of a kernel that takes gate for up and up for gate."""
+    if done.up is None:
+        return done.row
+    return ACTIVATIONS[case.activation].combine(done.up, done.gate) @ weights.down.T
+
+
+def _moved(rounding: Rounding, points: dict[str, tuple[Tensor | None, ...]]) -> list[str]:
+    """The rounding points at which some value is not a fixed point: there two right kernels may differ."""
+    return [
+        point
+        for point, values in points.items()
+        if any(v is not None and not torch.equal(rounding.at(point, v), v) for v in values)
+    ]
+
+
+def _contribution(case: Case, inputs: Inputs, expert: int) -> Tensor:
+    ids, weights = inputs.routing.ids, inputs.routing.weights
+    mine = torch.where(ids == expert, weights, 0.0).sum(-1)
+    done = forward(inputs.x.double(), weight_source(inputs)(expert), ACTIVATIONS[case.activation])
+    return (done.row * mine[:, None]).cpu()

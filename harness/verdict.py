@@ -1,0 +1,163 @@
+"""What a judgement says: statuses, findings, and the one line that reproduces it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """Only PASSED is green; UNSUPPORTED and UNAVAILABLE are skips decided before launch; the rest fail."""
+
+    PASSED = "PASSED"
+    WRONG = "WRONG"  # values: beyond the derived bound, not bitwise equal where that is due, or not finite
+    MALFORMED = "MALFORMED"  # not the tensor that was promised: shape, dtype, type
+    UNSTABLE = "UNSTABLE"  # the same call twice gave different bits, where the backend declares itself deterministic
+    CORRUPTING = "CORRUPTING"  # changed an input
+    CRASHED = "CRASHED"  # exception after saying yes, signal, abort, exit
+    HUNG = "HUNG"  # did not answer within the time limit
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    CONTRACT = "CONTRACT"  # the library's signature or return value is not what the backend was written for
+    UNSUPPORTED = "UNSUPPORTED"  # refused in advance: this backend does not do this case
+    UNAVAILABLE = "UNAVAILABLE"  # refused in advance: library or hardware is not here
+    UNTRUSTED = "UNTRUSTED"  # nothing was really tested: a wrong kernel would have passed this case too
+
+    @property
+    def skipped(self) -> bool:
+        """True for the two refusals in advance."""
+        return self in (Status.UNSUPPORTED, Status.UNAVAILABLE)
+
+    @property
+    def failed(self) -> bool:
+        """True for everything that is neither PASSED nor a skip."""
+        return self is not Status.PASSED and not self.skipped
+
+
+class Stage(StrEnum):
+    """How far the case came."""
+
+    SUPPORT = "support"
+    INPUTS = "inputs"
+    ORACLE = "oracle"
+    PREPARE = "prepare"
+    LAUNCH = "launch"
+    COMPARE = "compare"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One bad element. z is |got - expected| / sigma, inf where bits were due."""
+
+    token: int
+    column: int
+    expected: float
+    got: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Expected against got. `beyond` elements are outside the bound; worst is the largest z (or the count of differing
+    bits' error in units of sigma in the exact lane); mean_z2 the mean of z**2; rel_l2 = |got - expected| / |expected|."""
+
+    lane: str
+    total: int
+    beyond: int
+    worst: float
+    limit: float
+    mean_z2: float
+    mean_z2_limit: float
+    rel_l2: float
+    nonfinite: int
+    rows_hit: int
+    experts_hit: tuple[int, ...]
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """True iff the output is as close as a right kernel's."""
+        return self.beyond == 0 and self.nonfinite == 0 and self.mean_z2 <= self.mean_z2_limit
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One failed check with its evidence."""
+
+    check: str
+    text: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the error looks like. kind "unexplained" when no pattern fits."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared."""
+
+    case_id: str
+    subject: str
+    status: Status
+    stage: Stage
+    reason: str = ""
+    findings: tuple[Finding, ...] = ()
+    comparison: Comparison | None = None
+    diagnosis: Diagnosis | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    known: str = ""
+    plugins: tuple[str, ...] = ()
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.status is Status.PASSED and (self.comparison is None or not self.comparison.agrees or self.findings):
+            raise ValueError(f"{self.case_id}: PASSED needs a comparison that agrees and no findings")
+        if self.status.skipped and not self.reason:
+            raise ValueError(f"{self.case_id}: {self.status} needs a reason")
+
+    @property
+    def rerun(self) -> str:
+        """The shell line that judges this case again."""
+        plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
+        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""
+        return {**asdict(self, dict_factory=_plain_dict), "rerun": self.rerun}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Verdict:
+        """KeyError, TypeError or ValueError if `data` is not a verdict of this schema."""
+        if data.get("schema") != SCHEMA_VERSION:
+            raise ValueError(f"verdict schema {data.get('schema')!r}, this moecheck reads {SCHEMA_VERSION}")
+        fields = {k: v for k, v in data.items() if k != "rerun"}
+        if comparison := fields.get("comparison"):
+            samples = tuple(Sample(**_numbers(s)) for s in comparison["samples"])
+            hit = tuple(comparison["experts_hit"])
+            fields["comparison"] = Comparison(**{**_numbers(comparison), "samples": samples, "experts_hit": hit})
+        if diagnosis := fields.get("diagnosis"):
+            fields["diagnosis"] = Diagnosis(**diagnosis)
+        fields["findings"] = tuple(Finding(**f) for f in fields["findings"])
+        fields["plugins"] = tuple(fields["plugins"])
+        fields["status"], fields["stage"] = Status(fields["status"]), Stage(fields["stage"])
+        return cls(**fields)
+
+
+def _plain_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON has no inf and no nan: they travel as the strings "inf", "-inf", "nan"."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in items}
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in data.items()}

@@ -1,0 +1,113 @@
+"""The child: judges one case at a time until it is told to stop, is killed, or dies of a kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from harness.backends import discover
+from harness.backends.base import Backend, Device, Support
+from harness.case import Case
+from harness.device import environment
+from harness.errors import MoecheckError, PluginError, UnknownName
+from harness.pipeline import OracleCache, Progress, run
+from harness.worker.protocol import Message, receive, send
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+THREADS = 1  # small GEMMs: a second OpenMP thread costs more in barriers than it computes, and cores are shared
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a child needs to know before its first case."""
+
+    device: Device
+    plugins: tuple[str, ...]
+    log: str
+
+
+def main(pipe: Connection, setup: Setup) -> None:
+    """Serve requests from `pipe`. Never returns normally: os._exit skips atexit hooks of a library in a bad state."""
+    _die_with_parent()
+    _redirect_output(Path(setup.log))
+    _prepare_libraries(setup.device)
+    try:
+        _serve(pipe, setup)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        os._exit(0)  # the supervisor is gone or said stop
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """The fork server exits with the supervisor; without this a hung child would outlive both."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
+
+
+def _redirect_output(log: Path) -> None:
+    """What a kernel prints goes to the log; faulthandler writes the Python stack of a death there, or on SIGUSR1."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    faulthandler.enable(file=sys.stderr, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=False)
+
+
+def _prepare_libraries(device: Device) -> None:
+    """Set before any kernel library is imported."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker pool does not survive in a forked child
+    if device.kind == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(THREADS)
+
+
+def _serve(pipe: Connection, setup: Setup) -> None:
+    backends: dict[str, Backend] = {}
+    cache = OracleCache()
+    send(pipe, {"ready": os.getpid()})
+    while True:
+        request = receive(pipe)
+        if "stop" in request:
+            return
+        try:
+            backends = backends or discover(setup.plugins)
+            send(pipe, _answer(request, backends, setup, pipe, cache))
+        except MoecheckError as error:
+            send(pipe, {"user_error": type(error).__name__, "text": str(error)})
+        except Exception:
+            send(pipe, {"bug": traceback.format_exc()})
+
+
+def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: Connection, cache: OracleCache) -> Message:
+    name = str(request.get("probe") or request["subject"])
+    if name not in backends:
+        raise UnknownName("backend", name, backends)
+    backend = backends[name]
+    if "probe" in request:
+        return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
+    case = Case.parse(str(request["judge"]))
+    progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
+    verdict = run(case, backend, setup.device, progress, cache)
+    return {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
+
+
+def checked_probe(backend: Backend, device: Device) -> Support:
+    """The backend's probe; PluginError if it raises or answers something else than Support."""
+    try:
+        support = backend.probe(device)
+    except Exception as error:
+        raise PluginError(f"backend {backend.name}: probe() raised {type(error).__name__}: {error}") from error
+    if not isinstance(support, Support) or not (support.ok or support.reason):
+        raise PluginError(f"backend {backend.name}: probe() must return Support with a reason for a no, got {support!r:.120}")
+    return support

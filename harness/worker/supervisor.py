@@ -1,0 +1,197 @@
+"""Holds the clock: hands cases to a child, turns its death or silence into a Verdict, and replaces it from a warm spare.
+
+Children come from a fork server that has imported torch but never initialised CUDA, so a replacement costs a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import ModuleType
+
+from harness import errors
+from harness.backends.base import Device, Support
+from harness.case import Case
+from harness.verdict import Finding, Stage, Status, Verdict
+from harness.worker.child import Setup, main
+from harness.worker.protocol import Message, receive, send
+
+START_LIMIT_S = 120.0  # a cold fork server imports torch: 3..6 s measured, more on a loaded machine
+GRACE_S = 0.5  # for the Python stack of a hung child to reach the log
+TAIL_LINES = 12
+
+
+class WorkerBug(Exception):
+    """moecheck itself failed in the child; the text is its traceback."""
+
+
+@dataclass
+class _Child:
+    process: ForkServerProcess
+    pipe: Connection
+    ready: bool = False
+
+
+@dataclass(frozen=True)
+class _Death:
+    stage: Stage
+    exit_code: int | None
+    hung: bool
+    tail: str
+
+
+class Supervisor:
+    """One device, one case in flight. Use as a context manager."""
+
+    def __init__(self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._log = log_dir / f"worker-{os.getpid()}.log"
+        self._setup = Setup(device, plugins, str(self._log))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["harness.worker.child"])
+        self._spare: _Child | None = None
+        self._child = self._start()
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop both children; a deaf one is killed."""
+        for child in (self._child, self._spare):
+            if child is not None:
+                with suppress(OSError):
+                    send(child.pipe, {"stop": True})
+                child.process.join(timeout=GRACE_S)
+                self._kill(child)
+        self._spare = None
+
+    def probe(self, subject: str) -> tuple[Support, dict[str, str]]:
+        """(can the backend run on this device, the environment it would run in). A probe that dies is a refusal."""
+        reply = self._ask({"probe": subject})
+        if isinstance(reply, _Death):
+            return Support.no("library", f"its probe died: {_how(reply)}"), {}
+        return Support(**reply["support"]), dict(reply["environment"])
+
+    def judge(self, case: Case, subject: str) -> Verdict:
+        """The verdict on one case; MoecheckError for a user's fault, WorkerBug for ours."""
+        started = time.perf_counter()
+        reply = self._ask({"judge": case.id, "subject": subject})
+        seconds = round(time.perf_counter() - started, 4)
+        plugins = self._setup.plugins
+        if isinstance(reply, _Death):
+            return _verdict_of_death(case, subject, reply, self.limit_s, seconds, plugins)
+        extra = {"environment": reply["environment"], "seconds": seconds, "plugins": list(plugins)}
+        return Verdict.from_json({**reply["verdict"], **extra})
+
+    def _ask(self, request: Message) -> Message | _Death:
+        child, stage = self._alive(), Stage.SUPPORT
+        mark = self._log.stat().st_size if self._log.exists() else 0
+        deadline = time.monotonic() + self.limit_s
+        try:
+            send(child.pipe, request)
+            while child.pipe.poll(max(0.0, deadline - time.monotonic())):
+                reply = receive(child.pipe)
+                if "stage" not in reply:
+                    return _checked(reply)
+                stage = Stage(reply["stage"])
+        except (EOFError, OSError):
+            child.process.join(timeout=GRACE_S)
+            return self._bury(child, stage, hung=False, mark=mark)
+        return self._bury(child, stage, hung=True, mark=mark)
+
+    def _bury(self, child: _Child, stage: Stage, hung: bool, mark: int) -> _Death:
+        if hung and child.process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.process.pid, signal.SIGUSR1)
+            child.process.join(timeout=GRACE_S)
+        exit_code = child.process.exitcode
+        self._kill(child)
+        death = _Death(stage, exit_code, hung, self._tail(mark))
+        self._child, self._spare = self._spare or self._start(), None
+        return death
+
+    def _alive(self) -> _Child:
+        """The current child, ready; a spare is started behind it."""
+        if not self._child.ready:
+            if not self._child.pipe.poll(START_LIMIT_S):
+                raise WorkerBug(f"the worker did not start within {START_LIMIT_S:.0f} s; see {self._log}")
+            receive(self._child.pipe)
+            self._child.ready = True
+        if self._spare is None:
+            self._spare = self._start()
+        return self._child
+
+    def _start(self) -> _Child:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=main, args=(theirs, self._setup), daemon=True)
+        with _no_main_module():
+            process.start()
+        theirs.close()
+        return _Child(process, ours)
+
+    def _kill(self, child: _Child) -> None:
+        if child.process.is_alive():
+            child.process.kill()
+        child.process.join()
+        child.process.close()
+        child.pipe.close()
+
+    def _tail(self, mark: int) -> str:
+        """What the dead child printed during its last case, the end of it."""
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as log:
+            log.seek(mark)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-TAIL_LINES:])
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Children must not import the caller's __main__ (pytest, the CLI): it costs 0.1 s a fork and can run user code."""
+    real = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real
+
+
+def _checked(reply: Message) -> Message:
+    if "user_error" in reply:
+        raise errors.PluginError(reply["text"]) if reply["user_error"] == "PluginError" else errors.MoecheckError(reply["text"])
+    if "bug" in reply:
+        raise WorkerBug(reply["bug"])
+    return reply
+
+
+def _how(death: _Death) -> str:
+    if death.exit_code is None:
+        return "it vanished without an exit status"
+    if death.exit_code < 0:
+        name = signal.Signals(-death.exit_code).name
+        return f"killed by {name}" + (" (the out-of-memory killer does that)" if name == "SIGKILL" else "")
+    return f"the process exited with code {death.exit_code}"
+
+
+def _verdict_of_death(
+    case: Case, subject: str, death: _Death, limit_s: float, seconds: float, plugins: tuple[str, ...]
+) -> Verdict:
+    how = f"no answer within {limit_s:g} s" if death.hung else _how(death)
+    status = Status.HUNG if death.hung else Status.CRASHED
+    finding = Finding("death", f"{how} during {death.stage}", {"exit_code": death.exit_code, "output": death.tail})
+    return Verdict(
+        case.id, subject, status, death.stage, f"{how} during {death.stage}", (finding,), seconds=seconds, plugins=plugins
+    )

@@ -1,0 +1,76 @@
+"""A priori error: the variance of a right implementation's output, element by element, from its rounding points.
+
+A rounding to a grid with spacing u adds an independent error of variance u**2 / 12. Errors of gate and up pass through
+the activation's partial derivatives, everything in the middle through down**2 (one extra squared GEMM).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference.activation import Activation
+from reference.experts import ExpertPass, ExpertWeights
+from reference.grid import FP32
+from reference.rounding import Rounding
+
+MEAN_SQUARED_ULP = 0.541  # mean of 1 / m**2 over m uniform in log over a binade [1, 2): 3 / (8 ln 2)
+ACTIVATION_ERROR = 2.0**-22  # relative, of a single-precision exp-based activation: 2 ulp, CUDA C++ Guide appendix on expf
+
+
+def rounding_variance(rounding: Rounding, point: str, value: Tensor) -> Tensor:
+    """u**2 / 12 at a rounding point, 0 where nothing is rounded. value: float64, any shape."""
+    element = rounding.element(point)
+    return torch.zeros_like(value) if element is None else element.ulp(value).square() / 12
+
+
+def accumulation_variance(a: Tensor, b: Tensor) -> Tensor:
+    """[rows, columns]: variance of the fp32 sums in a @ b.T taken one term after another, an upper estimate.
+
+    Partial sum j of K has variance j * q, q the mean squared product, and is rounded to fp32: K**2 / 2 * q * u**2 / 12.
+    q is taken from the rows' mean squares, so a and b are not multiplied again.
+    """
+    terms = a.shape[-1]
+    mean_square = a.square().mean(-1)[:, None] * b.square().mean(-1)[None, :]
+    relative = 2.0 ** (-2 * FP32.mantissa_bits) * MEAN_SQUARED_ULP / 12
+    return mean_square * (terms**2 / 2 * relative)
+
+
+def row_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
+    """Variance of one expert's output rows [rows, hidden], float64."""
+    by_gate, by_up = _partials(done, activation)
+    gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate)
+    activated = activation.scalar(done.gate)
+    linear = torch.ones_like(activated)
+    middle = by_gate.square() * gate_variance
+    if done.up is not None and weights.up is not None:
+        linear = activation.linear(done.up)
+        up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up)
+        middle = middle + by_up.square() * up_variance
+    middle = middle + rounding_variance(rounding, "activated", activated) * linear.square()
+    middle = middle + rounding_variance(rounding, "middle", done.middle) + (done.middle * ACTIVATION_ERROR).square()
+    row = middle @ weights.down.square().T + accumulation_variance(done.middle, weights.down)
+    return row + rounding_variance(rounding, "row", done.row)
+
+
+def _partials(done: ExpertPass, activation: Activation) -> tuple[Tensor, Tensor]:
+    """d middle / d gate and d middle / d up, by differentiating the activation itself."""
+    gate = done.gate.detach().requires_grad_()
+    up = None if done.up is None else done.up.detach().requires_grad_()
+    wanted = [gate] if up is None else [gate, up]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(activation.combine(gate, up).sum(), wanted)
+    return grads[0], grads[-1]
+
+
+def finalize_variance(rows: Tensor, variances: Tensor, weights: Tensor, rounding: Rounding) -> Tensor:
+    """Variance of the layer's output [tokens, hidden] from rows and their variances [tokens, top_k, hidden]."""
+    total, variance = torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0])
+    weight_variance = rounding_variance(rounding, "routing_weight", weights)
+    for k in range(rows.shape[1]):
+        weighted = rows[:, k] * weights[:, k, None]
+        total = total + weighted
+        variance += weights[:, k, None].square() * variances[:, k] + weight_variance[:, k, None] * rows[:, k].square()
+        variance += rounding_variance(rounding, "weighted", weighted) + rounding_variance(rounding, "partial", total)
+        variance += FP32.ulp(total).square() / 12
+    return variance + rounding_variance(rounding, "out", total)

@@ -1,0 +1,41 @@
+"""One expert in float64, keeping what happens on the way: the oracle, the bounds and the impostors all read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from reference.activation import Activation
+from reference.rounding import IDEAL, Rounding
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Decoded weights of one expert, float64. gate and up [intermediate, hidden] (up None when not gated), down [hidden, intermediate]."""
+
+    gate: Tensor
+    up: Tensor | None
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPass:
+    """x [rows, hidden] through one expert: gate, up, middle [rows, intermediate] and row [rows, hidden], float64."""
+
+    x: Tensor
+    gate: Tensor
+    up: Tensor | None
+    middle: Tensor
+    row: Tensor
+
+
+def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding: Rounding = IDEAL) -> ExpertPass:
+    """row = down @ act(gate @ x, up @ x), each intermediate passing through its rounding point."""
+    gate = rounding.at("gate_up", x @ weights.gate.T)
+    up = None if weights.up is None else rounding.at("gate_up", x @ weights.up.T)
+    middle = rounding.at("activated", activation.scalar(gate))
+    if up is not None:
+        middle = middle * activation.linear(up)
+    middle = rounding.at("middle", middle)
+    return ExpertPass(x, gate, up, middle, rounding.at("row", middle @ weights.down.T))

@@ -1,0 +1,1 @@
+"""One physical layout a file: where the bytes of a logical matrix lie, as a bijection with its inverse."""
