@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from harness.errors import CaseError, UnknownName
 from reference.activation import ACTIVATIONS
@@ -19,6 +20,7 @@ ACTIVATION_FORMATS = ("standard",)
 FILLS = ("exact", "real")
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
+MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
 
 _ID = re.compile(
@@ -146,38 +148,88 @@ class Case:
 
     def problem(self) -> str | None:
         """Why this combination cannot exist, or None."""
-        return _shape_problem(self.shape) or _rule_problem(self)
+        return next((reason for limit in LIMITS if (reason := limit.refuses(self))), None)
 
-    def with_(self, **changes: object) -> Case:
-        """A copy with some fields replaced."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+    @property
+    def axes(self) -> dict[str, int | str]:
+        """The case as one value per axis name, as plans and configurations speak of it."""
+        names = {name: getattr(self, name) for name in ("op", "routing", "activation", "fill", "skew", "seed")}
+        return {**asdict(self.shape), **names, "recipe": str(self.recipe)}
+
+    def vary(self, **axes: int | str) -> Case:
+        """A copy with some axes replaced, `recipe` given as text."""
+        recipe = Recipe.parse(str(axes.pop("recipe", self.recipe)))
+        shape = {k: axes.pop(k) for k in asdict(self.shape) if k in axes}
+        return replace(self, shape=replace(self.shape, **shape), recipe=recipe, **axes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A rule that forbids cases, looking only at the named axes: `refuses(case)` is the reason or None."""
+
+    axes: tuple[str, ...]
+    refuses: Callable[[Case], str | None]
 
 
 EXAMPLE_ID = "moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0"
 
 
-def _shape_problem(shape: Shape) -> str | None:
+def _sizes(case: Case) -> str | None:
+    shape = case.shape
     if min(shape.hidden, shape.inter, shape.experts, shape.top_k) < 1:
         return "hidden, inter, experts and top_k must be at least 1"
-    if shape.top_k > shape.experts:
-        return f"top_k {shape.top_k} exceeds experts {shape.experts}"
     if shape.experts > MAX_EXPERTS:
         return f"at most {MAX_EXPERTS} experts, got {shape.experts}"
+    return None
+
+
+def _elements(case: Case) -> str | None:
+    shape = case.shape
     if 2 * shape.inter * shape.hidden >= MAX_ELEMENTS or shape.tokens * shape.hidden >= MAX_ELEMENTS:
         return f"a tensor of {MAX_ELEMENTS} elements or more"
     return None
 
 
-def _rule_problem(case: Case) -> str | None:
-    shape, recipe = case.shape, case.recipe
-    if problem := RULES[case.routing].problem(shape.experts, shape.top_k):
-        return problem
-    if any(not _plain(name) for name in (recipe.acts, recipe.middle, recipe.out)):
-        return f"recipe {recipe}: quantised activations are not judged yet, only quantised weights"
-    if case.skew == "half" and (shape.experts < 2 * shape.top_k or RULES[case.routing].groups[0] > 1):
+def _top_k(case: Case) -> str | None:
+    if case.shape.top_k > case.shape.experts:
+        return f"top_k {case.shape.top_k} exceeds experts {case.shape.experts}"
+    return RULES[case.routing].problem(case.shape.experts, case.shape.top_k)
+
+
+def _quantised_acts(case: Case) -> str | None:
+    if any(not _plain(name) for name in (case.recipe.acts, case.recipe.middle, case.recipe.out)):
+        return f"recipe {case.recipe}: quantised activations are not judged yet, only quantised weights"
+    return None
+
+
+def _half(case: Case) -> str | None:
+    if case.skew == "half" and (case.shape.experts < 2 * case.shape.top_k or RULES[case.routing].groups[0] > 1):
         return "skew half wants experts >= 2 * top_k and an ungrouped routing rule"
+    return None
+
+
+def _exact_activation(case: Case) -> str | None:
     if case.fill == "exact" and not ACTIVATIONS[case.activation].exact:
         return f"{case.activation} has no exact fill: it does not saturate to the identity"
-    if case.fill == "exact" and shape.top_k & (shape.top_k - 1):
-        return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {shape.top_k}"
     return None
+
+
+def _exact_weights(case: Case) -> str | None:
+    if case.fill != "exact":
+        return None
+    if case.shape.top_k & (case.shape.top_k - 1):
+        return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {case.shape.top_k}"
+    if RULES[case.routing].scale.as_integer_ratio()[0] > MAX_EXACT_SCALE:
+        return f"the exact fill wants a routed scaling factor of few bits, {case.routing} has {RULES[case.routing].scale}"
+    return None
+
+
+LIMITS = (
+    Limit(("hidden", "inter", "experts", "top_k"), _sizes),
+    Limit(("tokens", "hidden", "inter"), _elements),
+    Limit(("routing", "experts", "top_k"), _top_k),
+    Limit(("recipe",), _quantised_acts),
+    Limit(("skew", "routing", "experts", "top_k"), _half),
+    Limit(("fill", "activation"), _exact_activation),
+    Limit(("fill", "routing", "top_k"), _exact_weights),
+)

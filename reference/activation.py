@@ -73,6 +73,7 @@ ACTIVATIONS = {
         Activation("silu", False, True, silu, _same),
         Activation("relu", False, True, torch.relu, _same),
         Activation("gelu", False, True, gelu, _same),
+        Activation("gelu_tanh", False, True, gelu_tanh, _same),
         Activation("identity", False, True, _same, _same),
     )
 }

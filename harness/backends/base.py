@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from harness.case import Case
+from harness.case import Case, Limit
 from reference.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -62,11 +62,6 @@ def always(device: Device) -> Support:
     return YES
 
 
-def anything(case: Case) -> str | None:
-    """A `refuses` that never does."""
-    return None
-
-
 @dataclass(frozen=True)
 class Backend:
     """A subject under test.
@@ -74,7 +69,7 @@ class Backend:
     name: unique; library: the distribution whose version is recorded; deterministic: the same call twice gives the same
     bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
     kernel that is handed top-k ids and weights. rounding(case): where it rounds. probe(device): can it run here at all,
-    asked once in the child. refuses(case): a reason for any further limit. prepare(case, inputs): pack and bind.
+    asked in the child. limits: what else it refuses, with the axes each limit looks at. prepare(case, inputs): pack and bind.
     """
 
     name: str
@@ -87,7 +82,7 @@ class Backend:
     routings: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
     probe: Callable[[Device], Support] = always
-    refuses: Callable[[Case], str | None] = anything
+    limits: tuple[Limit, ...] = ()
     summary: str = ""
 
     def supports(self, case: Case, device: Device) -> Support:
@@ -101,5 +96,5 @@ class Backend:
         ):
             if given not in known:
                 return Support.no("case", f"{what} {given}: takes {', '.join(known)}")
-        reason = self.refuses(case)
+        reason = next((text for limit in self.limits if (text := limit.refuses(case))), None)
         return YES if reason is None else Support.no("case", reason)

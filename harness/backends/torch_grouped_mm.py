@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Backend, Device, Launch, Support, YES
-from harness.case import Case
+from harness.case import Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
@@ -24,7 +24,7 @@ def _grouped_mm():  # type: ignore[no-untyped-def]
     return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-def refuses(case: Case) -> str | None:
+def unaligned(case: Case) -> str | None:
     """16-byte row strides on both reduction axes."""
     for name, size in (("hidden", case.shape.hidden), ("inter", case.shape.inter)):
         if size % ALIGNMENT:
@@ -77,7 +77,7 @@ BACKENDS = (
         archs=("cpu", "sm90", "sm100"),
         rounding=lambda case: Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16"),
         probe=probe,
-        refuses=refuses,
+        limits=(Limit(("hidden", "inter"), unaligned),),
         prepare=prepare,
         summary="bf16 grouped GEMMs of torch with eager torch around them",
     ),

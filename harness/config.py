@@ -1,0 +1,256 @@
+"""YAML -> typed objects, the only reader of configs/. A mistake names file, line, what was given and what was wanted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from harness.case import ACTIVATION_FORMATS, FILLS, SKEWS, Recipe
+from harness.errors import ConfigError, MoecheckError, UnknownName
+from harness.known import KnownIssue
+from harness.verdict import Status
+from reference.activation import ACTIVATIONS
+from reference.routing import RULES
+
+ROOT = Path(__file__).resolve().parent.parent / "configs"
+SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "routing": tuple(RULES),
+    "activation": tuple(ACTIVATIONS),
+    "fill": FILLS,
+    "skew": SKEWS,
+    "activation_format": ACTIVATION_FORMATS,
+}
+
+
+class Strict(BaseModel):
+    """No key that we do not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _recipe(text: str) -> str:
+    try:
+        return str(Recipe.parse(text))
+    except MoecheckError as error:
+        raise ValueError(str(error)) from error
+
+
+RecipeText = Annotated[str, AfterValidator(_recipe)]
+Size = Annotated[int, Field(ge=0)]
+Source = Annotated[str, Field(min_length=8)]
+
+
+class Sourced(Strict):
+    """A number and where it comes from."""
+
+    value: int = Field(ge=1)
+    source: Source
+
+
+class Sizes(Strict):
+    """Values of a size axis; `around` adds n - 1, n, n + 1 for each n (tile edges)."""
+
+    values: tuple[Size, ...] = ()
+    around: tuple[Size, ...] = ()
+    source: Source
+
+    @property
+    def all(self) -> list[int | str]:
+        """The values in ascending order, without repetition."""
+        return sorted({*self.values, *(n + d for n in self.around for d in (-1, 0, 1))})
+
+
+class Axes(Strict):
+    """The levels of every axis of a plan; None means: as the platform says."""
+
+    tokens: Sizes | None = None
+    hidden: Sizes | None = None
+    inter: Sizes | None = None
+    experts: Sizes | None = None
+    top_k: Sizes | None = None
+    recipe: tuple[RecipeText, ...] | None = None
+    routing: tuple[str, ...] | None = None
+    activation: tuple[str, ...] | None = None
+    fill: tuple[str, ...] | None = None
+    skew: tuple[str, ...] | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        """Names must be known; the error lists near ones."""
+        for axis, known in NAMES.items():
+            for name in getattr(self, axis, None) or ():
+                if name not in known:
+                    raise ValueError(str(UnknownName(axis, name, known)))
+
+    def levels(self) -> dict[str, list[int | str]]:
+        """Axis name -> values, of the axes that are given."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: v.all if isinstance(v, Sizes) else list(v) for name, v in given.items() if v is not None}
+
+
+class ScaleShape(Strict):
+    """The shape of one physical scale buffer: factors like `experts`, `2 * inter`, `hidden / 32`."""
+
+    backend: str
+    recipe: RecipeText
+    buffer: str
+    shape: tuple[int | str, ...]
+    source: Source
+
+
+class Platform(Strict):
+    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take."""
+
+    name: str
+    arch: str
+    device: str
+    axes: Axes
+    padding_alignment: dict[str, Sourced]
+    scale_shapes: tuple[ScaleShape, ...] = ()
+    backends: dict[str, Axes] = {}
+
+
+class Production(Strict):
+    """A layer shape people serve."""
+
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+    routing: str
+    activation: str
+    source: Source
+
+
+class ProductionRow(Strict):
+    """One production case of a tier: a model's layer at one tensor-parallel size."""
+
+    model: str
+    tokens: tuple[Size, ...]
+    tp: int = 1
+    recipe: tuple[RecipeText, ...]
+    fill: tuple[str, ...] = ("real",)
+    experts: int | None = None
+    why: Source
+
+
+class Tier(Strict):
+    """How much of the space a run covers."""
+
+    name: str
+    strength: int = Field(ge=1, le=3)
+    limit_s: float = Field(gt=0)
+    axes: Axes = Axes()
+    platforms: dict[str, Axes] = {}
+    production: dict[str, tuple[ProductionRow, ...]] = {}
+
+
+class _Issue(Strict):
+    id: str
+    link: str = Field(pattern=r"^(https://\S+|docs/findings\.md#\S+)$")
+    backend: str
+    arch: str
+    match: dict[str, tuple[int | str, ...]] = Field(min_length=1)
+    status: Status
+    text: str = Field(min_length=4)
+
+
+class _Issues(Strict):
+    issues: tuple[_Issue, ...]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load(path: Path, model: type[Model]) -> Model:
+    """Read one YAML file as `model`; ConfigError says file, line, given and wanted."""
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(str(path), None, "an unreadable file", f"YAML: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = None if error.problem_mark is None else error.problem_mark.line + 1
+        raise ConfigError(str(path), line, "text that is not YAML", f"YAML: {error.problem}") from error
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = f"{'.'.join(map(str, first['loc']))} = {first['input']!r:.80}"
+        raise ConfigError(str(path), _line(node, first["loc"]), given, _wanted(first, model)) from error
+
+
+def _wanted(error: Any, model: type[BaseModel]) -> str:
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    known = _keys(model, error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=3, cutoff=0.4)
+    return f"a known key: {' or '.join(near) if near else ', '.join(known)}"
+
+
+def _keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at `location`, following pydantic's models down."""
+    for part in location:
+        if isinstance(part, int) or not hasattr(model, "model_fields") or part not in model.model_fields:
+            continue
+        found = [a for a in _arguments(model.model_fields[part].annotation) if hasattr(a, "model_fields")]
+        model = found[0] if found else model
+    return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    inner = getattr(annotation, "__args__", ())
+    return [annotation] if not inner else [leaf for a in inner for leaf in _arguments(a)]
+
+
+def _line(node: Any, location: tuple[int | str, ...]) -> int | None:
+    """1-based line of the deepest part of `location` that exists in the YAML tree."""
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            entry = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if entry is None:
+                break
+            node = entry[1] if isinstance(entry[1], yaml.CollectionNode) else entry[0]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        else:
+            break
+    return None if node is None else node.start_mark.line + 1
+
+
+def names(kind: str, root: Path = ROOT) -> list[str]:
+    """The platforms or tiers there are."""
+    return sorted(path.stem for path in (root / kind).glob("*.yaml"))
+
+
+def _named(kind: str, name: str, model: type[Model], root: Path) -> Model:
+    if name not in names(kind, root):
+        raise UnknownName(kind.removesuffix("s"), name, names(kind, root))
+    return load(root / kind / f"{name}.yaml", model)
+
+
+def platform(name: str, root: Path = ROOT) -> Platform:
+    """configs/platforms/NAME.yaml."""
+    return _named("platforms", name, Platform, root)
+
+
+def tier(name: str, root: Path = ROOT) -> Tier:
+    """configs/tiers/NAME.yaml."""
+    return _named("tiers", name, Tier, root)
+
+
+def production(name: str, root: Path = ROOT) -> Production:
+    """configs/models/NAME.yaml."""
+    return _named("models", name, Production, root)
+
+
+def known_issues(root: Path = ROOT) -> tuple[KnownIssue, ...]:
+    """configs/known_issues.yaml."""
+    loaded = load(root / "known_issues.yaml", _Issues).issues
+    return tuple(KnownIssue(i.id, i.link, i.backend, i.arch, i.match, i.status, i.text) for i in loaded)

@@ -1,0 +1,58 @@
+"""The truth of a run: one fsynced JSON line per verdict. kill -9 loses at most the case in flight."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from harness.errors import RunFolderError
+from harness.select import Item
+from harness.verdict import Verdict
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends verdicts to `folder`/journal.jsonl; `done` holds the items it already has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        verdicts, whole = _parse(self.path)
+        if self.path.exists() and self.path.stat().st_size > whole:
+            os.truncate(self.path, whole)  # a line torn by a kill: its case was never recorded
+        self.done = {Item(v.case_id, v.subject) for v in verdicts}
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def append(self, verdict: Verdict) -> None:
+        """Write and fsync one verdict; a case already recorded is our bug, not another line."""
+        item = Item(verdict.case_id, verdict.subject)
+        assert item not in self.done, f"{item} is already in {self.path}"
+        line = json.dumps(verdict.to_json(), allow_nan=False) + "\n"
+        os.write(self._descriptor, line.encode())
+        os.fsync(self._descriptor)
+        self.done.add(item)
+
+    def close(self) -> None:
+        """Release the file."""
+        os.close(self._descriptor)
+
+
+def read(folder: Path) -> list[Verdict]:
+    """The verdicts of a run folder, in order."""
+    return _parse(folder / NAME)[0]
+
+
+def _parse(path: Path) -> tuple[list[Verdict], int]:
+    """(verdicts, bytes up to the last whole line). RunFolderError with file and line for anything that is no verdict."""
+    if not path.exists():
+        return [], 0
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    verdicts = []
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            verdicts.append(Verdict.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path}:{number}: not a verdict: {type(error).__name__}: {error}") from error
+    return verdicts, whole

@@ -1,0 +1,130 @@
+"""Platform + tier + backends + filters -> the plan of a run: a list of (case, subject), and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from harness import config
+from harness.backends.base import Backend, Device
+from harness.case import Case, Recipe, Shape
+from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
+from harness.select import Item, plan_backend
+
+NAME = "plan.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. cases: ids, or patterns with * over ids; backends: names, empty for all."""
+
+    platform: str
+    tier: str
+    backends: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request and the items it means."""
+
+    request: Request
+    limit_s: float
+    items: tuple[Item, ...]
+
+    @property
+    def digest(self) -> str:
+        """Identifies the plan: two runs can share a folder only if theirs are equal."""
+        return hashlib.sha256(json.dumps([asdict(i) for i in self.items]).encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write plan.json into the run folder."""
+        data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "request": asdict(self.request)}
+        lines = [json.dumps(asdict(item)) for item in self.items]
+        text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        (folder / NAME).write_text(text)
+
+
+def load(folder: Path) -> Plan:
+    """The plan of a run folder; RunFolderError if there is none or it is not ours."""
+    path = folder / NAME
+    try:
+        data = json.loads(path.read_text())
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
+        request = Request(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()})
+        plan = Plan(request, float(data["limit_s"]), tuple(Item(**item) for item in data["items"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error
+    if plan.digest != data["digest"]:
+        raise RunFolderError(f"{path}: its items do not match its digest; the file was edited, start a new run")
+    return plan
+
+
+def make(request: Request, backends: Mapping[str, Backend], device: Device, root: Path = config.ROOT) -> Plan:
+    """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left."""
+    tier = config.tier(request.tier, root)
+    chosen = _chosen(request.backends, backends)
+    if request.cases and not any("*" in case for case in request.cases):
+        items = [Item(Case.parse(case).id, backend.name) for case in request.cases for backend in chosen]
+    else:
+        items = _planned(request, chosen, tier, device, root)
+    items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
+    if not items:
+        raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
+    return Plan(request, tier.limit_s, tuple(items))
+
+
+def _chosen(wanted: Iterable[str], backends: Mapping[str, Backend]) -> list[Backend]:
+    for name in wanted:
+        if name not in backends:
+            raise UnknownName("backend", name, backends)
+    return [backends[name] for name in wanted] or list(backends.values())
+
+
+def _wanted(item: Item, request: Request) -> bool:
+    if request.ops and item.case_id.split(".", 1)[0] not in request.ops:
+        return False
+    return not request.cases or any(fnmatchcase(item.case_id, pattern) for pattern in request.cases)
+
+
+def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device: Device, root: Path) -> list[Item]:
+    """Grouped by case, so that neighbours share inputs and oracle."""
+    platform = config.platform(request.platform, root)
+    items = []
+    for backend in chosen:
+        axes = platform_axes(platform, tier, backend.name)
+        cases = plan_backend(axes, backend, device, tier.strength) + _production(platform.name, tier, backend, device, root)
+        items += [Item(case.id, backend.name) for case in cases]
+    return sorted(items)
+
+
+def platform_axes(platform: config.Platform, tier: config.Tier, backend: str) -> dict[str, list[int | str]]:
+    """The levels a backend is planned over: the platform's; an axis that the tier names replaces it, then one that the
+    platform names for this backend."""
+    levels = platform.axes.levels()
+    for more in (tier.axes, tier.platforms.get(platform.name), platform.backends.get(backend)):
+        levels |= {} if more is None else more.levels()
+    return levels
+
+
+def _production(platform: str, tier: config.Tier, backend: Backend, device: Device, root: Path) -> list[Case]:
+    cases = []
+    for row in tier.production.get(platform, ()):
+        model = config.production(row.model, root)
+        experts = row.experts or model.experts
+        for tokens, recipe, fill in ((t, r, f) for t in row.tokens for r in row.recipe for f in row.fill):
+            shape = Shape(tokens, model.hidden, model.inter // row.tp, experts, model.top_k)
+            case = Case("moe", shape, model.routing, model.activation, Recipe.parse(recipe), fill)
+            if problem := case.problem():
+                raise CaseError(f"tier {tier.name}, production row {row.model}: case {case.id} is impossible: {problem}")
+            if backend.supports(case, device).ok:
+                cases.append(case)
+    return cases

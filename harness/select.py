@@ -1,0 +1,106 @@
+"""Which cases: covering arrays over the valid space of each backend, plus named production rows. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import covertable
+
+from harness.backends.base import Backend, Device
+from harness.case import LIMITS, Case, Limit, Recipe, Shape
+
+Axes = Mapping[str, Sequence[int | str]]
+TEMPLATE = Case("moe", Shape(1, 64, 64, 8, 1), "renormalize", "swiglu", Recipe.parse("bf16"), "real")
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One line of a plan: a case for a subject."""
+
+    case_id: str
+    subject: str
+
+
+def cover(axes: Axes, limits: Iterable[Limit], strength: int) -> list[dict[str, Any]]:
+    """Rows in which every `strength`-way combination of axis values that `limits` allow occurs at least once.
+
+    Deterministic. Axes with one value are constants; a limit is checked as soon as its axes are assigned.
+    """
+    fixed = {name: values[0] for name, values in axes.items() if len(values) == 1}
+    free = {name: list(values) for name, values in axes.items() if len(values) > 1}
+    if not free:
+        return [fixed] if _allowed(fixed, limits) else []
+    constraints = [_constraint(limit, free, fixed) for limit in limits]
+    strength = min(strength, len(free))
+    rows = covertable.make(free, strength=strength, constraints=[c for c in constraints if c is not None])
+    return [{**fixed, **row} for row in rows]
+
+
+def _allowed(row: Mapping[str, Any], limits: Iterable[Limit]) -> bool:
+    return all(limit.refuses(TEMPLATE.vary(**row)) is None for limit in limits)
+
+
+def _constraint(limit: Limit, free: Axes, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """covertable's form of a limit; every other axis keeps its fixed or template value, which the limit does not look at."""
+    seen = [name for name in limit.axes if name in free]
+    if not seen:
+        return None
+    verdicts: dict[tuple[Any, ...], bool] = {}
+
+    def evaluate(row: Mapping[str, Any]) -> bool:
+        key = tuple(row[name] for name in seen)
+        if key not in verdicts:
+            verdicts[key] = limit.refuses(TEMPLATE.vary(**{**fixed, **dict(zip(seen, key, strict=True))})) is None
+        return verdicts[key]
+
+    return {"operator": "fn", "requires": seen, "evaluate": evaluate}
+
+
+def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
+    """`axes` restricted to what the backend declares; None when nothing of some axis is left."""
+    declared = {"recipe": backend.recipes, "activation": backend.activations, "routing": backend.routings or axes["routing"]}
+    kept = {name: [v for v in values if v in declared.get(name, values)] for name, values in axes.items()}
+    return kept if all(kept.values()) else None
+
+
+def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) -> list[Case]:
+    """The covering cases of one backend, canonical order, none that it refuses."""
+    mine = narrowed(axes, backend)
+    if mine is None or (backend.archs and device.arch not in backend.archs):
+        return []
+    limits = (*LIMITS, *backend.limits)
+    single = [limit for limit in limits if len(limit.axes) == 1]
+    mine = {name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)])] for name, values in mine.items()}
+    if not all(mine.values()):
+        return []
+    cases = [TEMPLATE.vary(**row) for row in cover(mine, limits, strength)]
+    return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
+
+
+def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength: int) -> tuple[int, int]:
+    """(covered, possible) `strength`-way combinations of axis values; possible = allowed by every limit within them.
+
+    Honest about holes: it counts what `rows` contain, whoever made them.
+    """
+    names = sorted(name for name, values in axes.items() if len(values) > 1)
+    limits = tuple(limits)
+    seen = {_combination(case.axes, group) for case in rows for group in itertools.combinations(names, strength)}
+    possible = 0
+    for group in itertools.combinations(names, strength):
+        relevant = [limit for limit in limits if set(limit.axes) <= {*group, *(n for n in axes if len(axes[n]) == 1)}]
+        constants = {n: axes[n][0] for n in axes if len(axes[n]) == 1}
+        for values in itertools.product(*(axes[name] for name in group)):
+            possible += _allowed({**constants, **dict(zip(group, values, strict=True))}, relevant)
+    return len(seen), possible
+
+
+def _combination(axes: Mapping[str, Any], group: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, axes[name]) for name in group)
+
+
+def matching(items: Iterable[Item], keep: Callable[[Item], bool]) -> list[Item]:
+    """The items a filter keeps, in plan order without repetition."""
+    return list(dict.fromkeys(item for item in items if keep(item)))
