@@ -47,7 +47,7 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
         nonfinite=int((~finite & judged[:, None]).sum()),
         rows_hit=int(bad.any(-1).sum()),
         experts_hit=_experts_hit(expected, bad),
-        samples=_samples(expected, actual, z, bad),
+        samples=_samples(expected, actual, z, torch.where(finite, error, torch.inf) * bad),
     )
 
 
@@ -76,9 +76,10 @@ def _experts_hit(expected: Expected, bad: Tensor) -> tuple[int, ...]:
     return tuple(int(e) for e in touched if e not in untouched)
 
 
-def _samples(expected: Expected, actual: Tensor, z: Tensor, bad: Tensor) -> tuple[Sample, ...]:
-    flat = torch.where(bad, z, -1.0).flatten()
-    worst = flat.topk(min(SAMPLES, int(bad.sum()))).indices
+def _samples(expected: Expected, actual: Tensor, z: Tensor, weight: Tensor) -> tuple[Sample, ...]:
+    """The bad elements of largest error; `weight` is the error where bad, 0 or NaN elsewhere."""
+    flat = weight.nan_to_num(0.0, posinf=torch.inf).flatten()
+    worst = flat.topk(min(SAMPLES, int((flat > 0).sum()))).indices
     columns = actual.shape[-1]
     places = [(int(i) // columns, int(i) % columns) for i in worst]
     return tuple(Sample(t, c, float(expected.value[t, c]), float(actual[t, c]), float(z[t, c])) for t, c in places)

@@ -21,7 +21,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. cases: ids, or patterns with * over ids; backends: names, empty for all."""
+    """What the user asked for. cases: ids, or patterns with * over ids; backends: names or patterns, empty for all;
+    limit_s: seconds a case may take, None for the tier's."""
 
     platform: str
     tier: str
@@ -29,6 +30,7 @@ class Request:
     ops: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,39 @@ def load(folder: Path) -> Plan:
 
 
 def make(request: Request, backends: Mapping[str, Backend], device: Device, root: Path = config.ROOT) -> Plan:
-    """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left."""
+    """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left. A case given by its id is
+    planned for the backends that take it, or for the named ones whatever they say."""
     tier = config.tier(request.tier, root)
     chosen = _chosen(request.backends, backends)
     if request.cases and not any("*" in case for case in request.cases):
-        items = [Item(Case.parse(case).id, backend.name) for case in request.cases for backend in chosen]
+        cases = [Case.parse(case) for case in request.cases]
+        named = bool(request.backends)
+        items = [Item(c.id, b.name) for c in cases for b in chosen if named or b.supports(c, device).ok]
     else:
         items = _planned(request, chosen, tier, device, root)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
-    return Plan(request, tier.limit_s, tuple(items))
+    return Plan(request, request.limit_s or tier.limit_s, tuple(items))
+
+
+def known_backend(name: str, backends: Mapping[str, Backend]) -> Backend:
+    """The backend called `name`, or UnknownName."""
+    if name not in backends:
+        raise UnknownName("backend", name, backends)
+    return backends[name]
+
+
+def device_named(platform: config.Platform) -> Device:
+    """The device a platform file describes, whether or not it is here: enough to plan and list."""
+    return Device(platform.device, platform.arch)
 
 
 def _chosen(wanted: Iterable[str], backends: Mapping[str, Backend]) -> list[Backend]:
-    for name in wanted:
-        if name not in backends:
-            raise UnknownName("backend", name, backends)
-    return [backends[name] for name in wanted] or list(backends.values())
+    """The backends of names and patterns with *; all of them without any."""
+    matched = [[n for n in backends if fnmatchcase(n, name)] or [known_backend(name, backends).name] for name in wanted]
+    names = dict.fromkeys(name for group in matched for name in group)
+    return [backends[name] for name in names or backends]
 
 
 def _wanted(item: Item, request: Request) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Backend, Device, Launch, Support, YES
+from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
@@ -55,7 +55,7 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     rows = grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends)
     weighted = rows.float() * b["weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
-    return by_slot.view(tokens, top_k, -1).sum(1).to(pre.dtype)
+    return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)
 
 
 def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -58,6 +58,7 @@ class Supervisor:
         self._setup = Setup(device, plugins, str(self._log))
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["harness.worker.child"])
+        self._environments: dict[str, dict[str, str]] = {}
         self._spare: _Child | None = None
         self._child = self._start()
 
@@ -82,7 +83,8 @@ class Supervisor:
         reply = self._ask({"probe": subject})
         if isinstance(reply, _Death):
             return Support.no("library", f"its probe died: {_how(reply)}"), {}
-        return Support(**reply["support"]), dict(reply["environment"])
+        self._environments[subject] = dict(reply["environment"])
+        return Support(**reply["support"]), self._environments[subject]
 
     def judge(self, case: Case, subject: str) -> Verdict:
         """The verdict on one case; MoecheckError for a user's fault, WorkerBug for ours."""
@@ -91,7 +93,10 @@ class Supervisor:
         seconds = round(time.perf_counter() - started, 4)
         plugins = self._setup.plugins
         if isinstance(reply, _Death):
-            return _verdict_of_death(case, subject, reply, self.limit_s, seconds, plugins)
+            environment = self._environments.get(subject) or self.probe(subject)[1]
+            verdict = _verdict_of_death(case, subject, reply, self.limit_s)
+            return replace(verdict, environment=environment, seconds=seconds, plugins=plugins)
+        self._environments[subject] = dict(reply["environment"])
         extra = {"environment": reply["environment"], "seconds": seconds, "plugins": list(plugins)}
         return Verdict.from_json({**reply["verdict"], **extra})
 
@@ -154,8 +159,15 @@ class Supervisor:
             return ""
         with self._log.open("rb") as log:
             log.seek(mark)
-            lines = log.read().decode(errors="replace").splitlines()
+            return _tail(log.read().decode(errors="replace").splitlines())
+
+
+def _tail(lines: list[str]) -> str:
+    """The end of the output, but the beginning of a Python stack: its first lines say where it died."""
+    stack = next((i for i, text in enumerate(lines) if "(most recent call first)" in text), None)
+    if stack is None:
         return "\n".join(lines[-TAIL_LINES:])
+    return "\n".join(lines[max(0, stack - TAIL_LINES // 2) : stack + TAIL_LINES // 2])
 
 
 @contextmanager
@@ -186,12 +198,8 @@ def _how(death: _Death) -> str:
     return f"the process exited with code {death.exit_code}"
 
 
-def _verdict_of_death(
-    case: Case, subject: str, death: _Death, limit_s: float, seconds: float, plugins: tuple[str, ...]
-) -> Verdict:
+def _verdict_of_death(case: Case, subject: str, death: _Death, limit_s: float) -> Verdict:
     how = f"no answer within {limit_s:g} s" if death.hung else _how(death)
     status = Status.HUNG if death.hung else Status.CRASHED
     finding = Finding("death", f"{how} during {death.stage}", {"exit_code": death.exit_code, "output": death.tail})
-    return Verdict(
-        case.id, subject, status, death.stage, f"{how} during {death.stage}", (finding,), seconds=seconds, plugins=plugins
-    )
+    return Verdict(case.id, subject, status, death.stage, f"{how} during {death.stage}", (finding,))

@@ -1,0 +1,110 @@
+"""pytest glue: a test that asks for the fixture `verdict` is run once per planned case, through the worker.
+
+    pytest suites/layer --platform cpu --tier smoke --backend torch_grouped_mm
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness import plan
+from harness.backends import discover
+from harness.errors import MoecheckError
+from harness.known import Outcome, outcome
+from harness.select import Item
+from harness.session import Session, detected_platform, device_of
+from harness.verdict import Verdict
+
+_SESSION = pytest.StashKey[Session]()
+USER_ERROR = 3  # DESIGN section 7: our or the user's fault
+REFUSED_DIST = ("loadscope", "loadfile", "loadgroup")  # pytest-xdist 3.8 loses tests after a crash in these modes (#1371)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of `moecheck run`, for plain pytest."""
+    group = parser.getgroup("moecheck")
+    group.addoption("--platform", help="platform file under configs/platforms (default: detected)")
+    group.addoption("--tier", default="smoke", help="tier file under configs/tiers")
+    group.addoption("--backend", action="append", default=[], help="backend to judge; repeatable")
+    group.addoption("--op", action="append", default=[], help="operation to judge; repeatable")
+    group.addoption("--case", action="append", default=[], help="case id or pattern with *; repeatable")
+    group.addoption("--plugin", action="append", default=[], metavar="FILE.py", help="file that defines BACKENDS; repeatable")
+    group.addoption("--run-dir", help="run folder of `moecheck run`: its plan is run, its journal written")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse the xdist modes that lose tests."""
+    mode = getattr(config.option, "dist", "no")
+    if mode in REFUSED_DIST:
+        raise pytest.UsageError(f"--dist {mode} loses tests after a crash (pytest-xdist #1371); use --dist load or worksteal")
+
+
+def _make_session(config: pytest.Config) -> Session:
+    option = config.getoption
+    if run_dir := option("--run-dir"):
+        return Session(plan.load(Path(run_dir)), Path(run_dir))
+    request = plan.Request(
+        platform=option("--platform") or detected_platform(),
+        tier=option("--tier"),
+        backends=tuple(option("--backend")),
+        ops=tuple(option("--op")),
+        cases=tuple(option("--case")),
+        plugins=tuple(option("--plugin")),
+    )
+    made = plan.make(request, discover(request.plugins), device_of(request.platform))
+    return Session(made, None)
+
+
+def session_of(config: pytest.Config) -> Session:
+    """The session of this pytest run, made when the first test wants it."""
+    if _SESSION not in config.stash:
+        try:
+            config.stash[_SESSION] = _make_session(config)
+        except MoecheckError as error:
+            pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
+    return config.stash[_SESSION]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per planned item."""
+    if "verdict" in metafunc.fixturenames:
+        items = session_of(metafunc.config).todo
+        ids = [f"{item.subject}:{item.case_id}" for item in items]
+        metafunc.parametrize("verdict", items, ids=ids, indirect=True)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the worker."""
+    if _SESSION in config.stash:
+        config.stash[_SESSION].close()
+
+
+@pytest.fixture
+def verdict(request: pytest.FixtureRequest) -> Verdict:
+    """The verdict on one planned item; a skip or a known failure ends the test here, the rest is the test's to assert."""
+    item: Item = request.param
+    try:
+        judged = session_of(request.config).judge(item)
+    except MoecheckError as error:
+        pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
+    request.config.hook.pytest_moecheck_verdict(verdict=judged)
+    if outcome(judged) is Outcome.SKIPPED:
+        pytest.skip(f"{judged.status}: {judged.reason}")
+    if outcome(judged) is Outcome.KNOWN:
+        pytest.xfail(f"known issue {judged.known}: {judged.status} {judged.reason}")
+    return judged
+
+
+class Hooks:
+    """Our own hook: the CLI listens to it for its progress bar."""
+
+    @pytest.hookspec
+    def pytest_moecheck_verdict(self, verdict: Verdict) -> None:
+        """A verdict was reached and recorded."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register `Hooks`."""
+    pluginmanager.add_hookspecs(Hooks)
