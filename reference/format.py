@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference.grid import Element
+from reference.grid import MAX_TABLE_BITS, Element
 
 WHOLE = 0  # in Scaling.group: the scale spans this whole axis
 
@@ -90,7 +90,8 @@ class Format:
         """[rows, columns]: code * block scale / global scale. Exact in float64; other dtypes round once per product."""
         if self.scaling is None:
             return q.codes.to(dtype)
-        value = self.element.decode(q.codes, dtype)
+        narrow = self.element.bits <= MAX_TABLE_BITS and dtype == torch.float64
+        value = self.element.decode(q.codes, torch.float32 if narrow else dtype)  # exact, and half the traffic
         scale = self.scale_values(q, dtype)
         if q.global_scale is not None:
             scale = scale / q.global_scale.to(dtype)
@@ -106,7 +107,7 @@ def _times_blocks(value: Tensor, scale: Tensor, group: tuple[int, int]) -> Tenso
     rows, columns = value.shape
     _, block = group
     if block not in (WHOLE, 1) and columns % block == 0 and scale.shape[0] == rows:
-        return value.view(rows, -1, block).mul_(scale.unsqueeze(-1)).view(rows, columns)
+        return (value.view(rows, -1, block) * scale.unsqueeze(-1)).view(rows, columns)
     return value * expand_blocks(scale, (rows, columns), group)
 
 

@@ -17,8 +17,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 REFUSALS = (native.InvalidArgument, native.InvalidGraph, native.NotImplemented, native.Fail, native.RuntimeException)
 ORDER = {  # operator -> its inputs by position, under short names
-    "MoE": "x logits w1 b1 w2 b2".split(),
-    "QMoE": "x logits w1 s1 b1 w2 s2 b2 w3 s3 b3 z1 z2 z3 router_weights".split(),
+    "MoE": ["x", "logits", "w1", "b1", "w2", "b2"],
+    "QMoE": ["x", "logits", "w1", "s1", "b1", "w2", "s2", "b2", "w3", "s3", "b3", "z1", "z2", "z3", "router_weights"],
 }
 TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
 Arrays = dict[str, np.ndarray]
@@ -44,7 +44,8 @@ def run(op: str, arrays: Arrays, **attributes: Attribute) -> np.ndarray:
 def float_layer(tokens: int = 4, experts: int = 4, hidden: int = 64, inter: int = 32) -> Arrays:
     """Random fp32 inputs of MoE, outputs of order 1."""
     draw = np.random.default_rng(0).standard_normal
-    shapes = {"x": (tokens, hidden), "logits": (tokens, experts), "w1": (experts, inter, hidden), "w2": (experts, hidden, inter)}
+    shapes: dict[str, tuple[int, ...]] = {"x": (tokens, hidden), "logits": (tokens, experts)}
+    shapes |= {"w1": (experts, inter, hidden), "w2": (experts, hidden, inter)}
     scale = {"w1": hidden**-0.5, "w2": inter**-0.5}
     return {name: (draw(shape) * scale.get(name, 1.0)).astype(np.float32) for name, shape in shapes.items()}
 
@@ -61,8 +62,10 @@ def quantised_layer(bits: int, tokens: int = 4, experts: int = 4, hidden: int = 
 
 
 def difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    """|got - wanted| / |wanted|, NaN where got has one."""
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    """|got - wanted| / |wanted|, inf where got holds NaN or inf."""
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.linalg.norm(got.astype(np.float64) - wanted) / np.linalg.norm(wanted))
 
 
 def exit_code(function: Callable[[], None]) -> int | None:
@@ -71,6 +74,7 @@ def exit_code(function: Callable[[], None]) -> int | None:
     child.start()
     child.join(120)
     child.kill()  # a no-op unless it hangs
+    child.join()
     return child.exitcode
 
 

@@ -3,7 +3,7 @@
 Expected: the softmax of such a row is NaN, and so is the output row (or an error): a broken router shows.
 Happens: a finite row of zeros, which looks like a token without experts; the NaN weights fail a `weight > 0` test and the
     experts are dropped.
-Versions: 1.23.2 (MoE), 1.24.4, 1.26.0, 1.30.0, 1.32.0.
+Versions: 1.24.4, 1.26.0, 1.30.0, 1.32.0.
 """
 
 from __future__ import annotations

@@ -6,9 +6,7 @@ hold a second copy of the weights, and constant 8-bit block-wise experts get int
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -41,15 +39,16 @@ def probe(device: Device) -> Support:
     """Both libraries, and a CPU kernel of QMoE that takes router_weights: the schema alone may be CUDA's."""
     if device.kind != "cpu":
         return Support.no("arch", "CPU execution provider only")
-    for library in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(library) is None:
-            return Support.no("library", f"{library} is not installed")
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
-
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
+    except ImportError as error:
+        return Support.no("library", f"wants onnx and onnxruntime: {error}")
     kernels = {(kernel.op_name, kernel.provider) for kernel in native.get_all_opkernel_def()}
     inputs = {i.name for schema in native.get_all_operator_schema() if schema.name == "QMoE" for i in schema.inputs}
     if not {("MoE", "CPUExecutionProvider"), ("QMoE", "CPUExecutionProvider")} <= kernels or "router_weights" not in inputs:
-        return Support.no("library", f"onnxruntime {version('onnxruntime')} has no CPU MoE and QMoE with router_weights")
+        return Support.no("library", f"onnxruntime {onnxruntime.__version__} has no CPU MoE and QMoE with router_weights")
     return YES
 
 

@@ -20,13 +20,18 @@ KINDS = {"fp8_tensor": "fp8", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}  # the kernels
 
 
 def probe(device: Device) -> Support:
-    """Triton is there and, on the CPU, told to interpret: it reads TRITON_INTERPRET when a kernel is defined."""
+    """Triton is there, interpreting on the CPU and nowhere else: TRITON_INTERPRET counts when triton is imported."""
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpret != (device.kind == "cpu"):
+        wanted = "only with TRITON_INTERPRET=1" if device.kind == "cpu" else "natively only without TRITON_INTERPRET=1"
+        return Support.no("library", f"Triton runs on a {device.kind} device {wanted}, set before it is imported")
     try:
-        import triton  # noqa: F401
+        import triton.language
+        from triton.runtime.jit import JITFunction
     except ImportError as error:
         return Support.no("library", f"triton cannot be imported: {error}")
-    if device.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return Support.no("library", "Triton runs on a CPU only with TRITON_INTERPRET=1, set before it is imported")
+    if interpret == isinstance(triton.language.cdiv, JITFunction):  # its own functions are defined on import
+        return Support.no("library", "TRITON_INTERPRET changed after triton was imported")
     return YES
 
 

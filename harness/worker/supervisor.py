@@ -78,6 +78,11 @@ class Supervisor:
                 self._kill(child)
         self._spare = None
 
+    @property
+    def pid(self) -> int:
+        """Process id of the child that judges now."""
+        return self._alive().process.pid or 0
+
     def probe(self, subject: str) -> tuple[Support, dict[str, str]]:
         """(can the backend run on this device, the environment it would run in). A probe that dies is a refusal."""
         reply = self._ask({"probe": subject})

@@ -1,0 +1,33 @@
+# make run    judge every MoE kernel on this machine         make test   lint, types, self-tests, a small run (no GPU)
+# make lint   ruff and mypy                                  make bench  ratios behind the figures in README
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TIER ?= smoke
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test lint bench clean
+
+run: $(READY)
+	$(BIN)/moecheck run --tier $(TIER) --verbose
+
+test: lint
+	$(BIN)/python -m pytest suites
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m harness.bench
+
+$(READY): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cpu,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,209 @@
+"""Every registered format against its own worked examples and against what any block format must do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.format import WHOLE, Format, Golden, Scaling, block_amax, expand_blocks
+from reference.formats import all_formats, get
+from reference.formats.nvfp4 import ENCODE_RANGE
+from reference.grid import E4M3, E8M0, ElementType, PowerOfTwoType
+
+FORMATS = list(all_formats().values())
+SCALED = [f for f in FORMATS if f.scaling is not None]
+GOLDENS = [(f, g) for f in FORMATS for g in f.goldens]
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+each_scaled = pytest.mark.parametrize("fmt", SCALED, ids=lambda f: f.name)
+
+
+def gs_for(fmt: Format, x: Tensor) -> Tensor | None:
+    """The global scale that uses the whole range, or None where the format has none."""
+    wants = fmt.scaling is not None and fmt.scaling.global_scale
+    return (ENCODE_RANGE / x.abs().amax()).float() if wants else None
+
+
+def noise(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("fmt", "golden"), GOLDENS, ids=lambda p: p.name if isinstance(p, Format) else "")
+def test_goldens_encode_to_the_stated_codes_and_scales(fmt: Format, golden: Golden) -> None:
+    gs = None if golden.global_scale is None else torch.tensor(golden.global_scale)
+    q = fmt.encode(torch.tensor([golden.values]), gs)
+    assert q.scales is not None
+    assert tuple(q.codes[0].tolist()) == golden.codes
+    assert tuple(q.scales.flatten().tolist()) == golden.scales
+
+
+@each_scaled
+def test_every_scaled_format_has_a_golden(fmt: Format) -> None:
+    assert fmt.goldens
+
+
+def test_nvfp4_decodes_the_worked_example() -> None:
+    fmt = get("nvfp4")
+    values = torch.tensor([fmt.goldens[0].values])
+    third = 7 / 12
+    wanted = [0, 0, -third, third, 2 * third, -2 * third, 3 * third, 3 * third, -4 * third, 6 * third, 6 * third]
+    wanted += [-6 * third, 8 * third, 7, 0, 7]
+    decoded = fmt.decode(fmt.encode(values, torch.tensor(384.0)))
+    assert torch.allclose(decoded, torch.tensor([wanted], dtype=torch.float64), rtol=1e-12)
+
+
+@each_format
+def test_encoding_a_decoded_matrix_changes_nothing(fmt: Format) -> None:
+    """Values are a fixed point where the block maximum maps to the grid's maximum again: all formats with their own
+    amax in the scale. E8M0 and E4M3 scales are coarse: the second pass may pick a smaller scale, so the peak of every
+    block is put on the grid's maximum first."""
+    assert isinstance(fmt.element.max, float)
+    x = noise(8, 96)
+    if fmt.scaling is not None and fmt.scaling.group[1] != WHOLE:
+        x[:, :: fmt.scaling.group[1]] = fmt.element.max
+    once = fmt.decode(fmt.encode(x, gs_for(fmt, x)))
+    twice = fmt.decode(fmt.encode(once.float(), gs_for(fmt, x)))
+    assert torch.allclose(once, twice, rtol=2e-7, atol=0)
+
+
+@each_scaled
+def test_decoding_is_code_times_scale_for_every_code(fmt: Format) -> None:
+    """All codes with one scale per block; a table that is off by one entry survives random data of small codes."""
+    assert fmt.scaling is not None
+    columns = 2**fmt.element.bits
+    blocks = fmt.scaling.scale_shape(1, columns)
+    x = torch.full((1, columns), 3.0)
+    q = fmt.encode(x, gs_for(fmt, x))
+    assert q.scales is not None and q.scales.shape == blocks
+    q = dataclasses.replace(q, codes=torch.arange(columns, dtype=torch.uint8)[None])
+    scale = float(fmt.scale_values(q)[0, 0]) / (1.0 if q.global_scale is None else float(q.global_scale))
+    wanted = fmt.element.decode(torch.arange(columns)) * scale
+    assert torch.equal(fmt.decode(q)[0].nan_to_num(7e9), wanted.nan_to_num(7e9))
+
+
+@each_scaled
+@pytest.mark.parametrize("columns", [64, 49, 1])
+def test_each_block_is_decoded_with_its_own_scale(fmt: Format, columns: int) -> None:
+    """Ragged last blocks included. With equal scales a transposed or shifted scale tensor would decode right."""
+    assert fmt.scaling is not None
+    x = noise(3, columns)
+    q = fmt.encode(x, gs_for(fmt, x))
+    assert q.scales is not None and tuple(q.scales.shape) == fmt.scaling.scale_shape(3, columns)
+    values, global_scale = fmt.element.decode(q.codes), 1.0 if q.global_scale is None else float(q.global_scale)
+    scales, (down, right) = fmt.scale_values(q), fmt.scaling.group
+    decoded = fmt.decode(q)
+    for row in range(3):
+        for column in range(columns):
+            scale = scales[0 if down == WHOLE else row // down, 0 if right == WHOLE else column // right]
+            assert decoded[row, column] == values[row, column] * (scale / global_scale)
+
+
+def test_scale_shapes_count_ragged_blocks() -> None:
+    assert Scaling(E4M3, (1, 16)).scale_shape(3, 33) == (3, 3)
+    assert Scaling(E8M0, (128, 128)).scale_shape(129, 256) == (2, 2)
+    assert Scaling(E8M0, (1, WHOLE)).scale_shape(5, 7) == (5, 1)
+    assert Scaling(E8M0, (WHOLE, WHOLE)).scale_shape(5, 7) == (1, 1)
+
+
+def test_expand_and_amax_agree_on_two_dimensional_blocks() -> None:
+    """No format of the folder uses them yet; one with 128x128 blocks would."""
+    x = torch.arange(35.0).reshape(5, 7)
+    amax = block_amax(x, (2, 3))
+    assert amax.tolist() == [[9, 12, 13], [23, 26, 27], [30, 33, 34]]
+    wide = expand_blocks(amax, (5, 7), (2, 3))
+    assert wide.shape == (5, 7)
+    assert wide[3, 5] == 26
+    assert wide[4, 6] == 34
+
+
+def test_block_maximum_ignores_nan_and_keeps_infinity() -> None:
+    x = torch.tensor([[1.0, float("nan"), -3.0, float("-inf")]])
+    assert block_amax(x, (1, 2)).tolist() == [[1.0, float("inf")]]
+
+
+@each_format
+def test_zero_blocks_decode_to_zero(fmt: Format) -> None:
+    """A scale of amax / max without a guard makes 0 / 0."""
+    x = noise(4, 64)
+    x[:, :32], x[2] = 0, 0
+    decoded = fmt.decode(fmt.encode(x, gs_for(fmt, x)))
+    assert (decoded[:, :32] == 0).all()
+    assert (decoded[2] == 0).all()
+
+
+def test_a_zero_block_of_nvfp4_has_scale_zero_and_signed_codes() -> None:
+    q = get("nvfp4").encode(torch.tensor([[0.0, -0.0] * 8]), torch.tensor(384.0))
+    assert q.scales is not None
+    assert q.scales.tolist() == [[0]]
+    assert q.codes.tolist() == [[0, 8] * 8]
+
+
+def test_nvfp4_saturates_when_a_scale_underflows() -> None:
+    """sf rounds to 0 though the block is not zero: the exact path writes +-6 codes, which decode to 0 all the same."""
+    fmt = get("nvfp4")
+    q = fmt.encode(torch.tensor([[1e-6, -1e-6, 0.0] + [0.0] * 13]), torch.tensor(1.0))
+    assert q.codes[0, :3].tolist() == [7, 15, 0]
+    assert (fmt.decode(q) == 0).all()
+
+
+@each_format
+def test_relative_error_is_half_an_ulp_of_the_block_maximum(fmt: Format) -> None:
+    """|x - decode(encode(x))| <= (half a spacing at the block's largest code) * scale, plus what rounding the scale adds."""
+    x = noise(32, 128, seed=3)
+    q = fmt.encode(x, gs_for(fmt, x))
+    error = (fmt.decode(q) - x).abs()
+    if fmt.scaling is None:
+        assert isinstance(fmt.element, ElementType)
+        assert (error <= fmt.element.ulp(x) / 2).all()
+        return
+    amax = expand_blocks(block_amax(x, fmt.scaling.group), (32, 128), fmt.scaling.group)
+    grows = {"e8m0": 2.0, "e4m3": 1 + 2**-4, "fp32": 1.0}[fmt.scaling.element.name]
+    half_ulp = float(fmt.element.ulp(torch.tensor([fmt.element.max]))) / 2 / fmt.element.max
+    assert (error <= 1.0001 * grows * half_ulp * amax).all()
+
+
+@each_scaled
+def test_the_block_maximum_uses_the_top_of_the_grid(fmt: Format) -> None:
+    """A scale twice too large passes any loose error bound; the largest code of a block says it is not."""
+    x = noise(32, 128, seed=4)
+    q = fmt.encode(x, gs_for(fmt, x))
+    top = block_amax(fmt.element.decode(q.codes), fmt.scaling.group)  # type: ignore[union-attr]
+    slack = 2.01 if isinstance(fmt.scaling.element, PowerOfTwoType) else 1.01  # type: ignore[union-attr]
+    assert (top >= fmt.element.max / slack / (1.5 if fmt.element.bits == 4 and slack > 2 else 1)).all()
+
+
+@each_format
+def test_a_missing_or_unwanted_global_scale_is_refused(fmt: Format) -> None:
+    wants = fmt.scaling is not None and fmt.scaling.global_scale
+    with pytest.raises(ValueError, match="global_scale must"):
+        fmt.encode(noise(2, 32), None if wants else torch.tensor(1.0))
+
+
+@each_format
+def test_a_vector_is_refused(fmt: Format) -> None:
+    x = noise(1, 32)
+    with pytest.raises(ValueError, match="got shape"):
+        fmt.encode(x[0], gs_for(fmt, x))
+
+
+@each_format
+def test_an_empty_matrix_survives(fmt: Format) -> None:
+    q = fmt.encode(torch.zeros(0, 32), torch.tensor(1.0) if fmt.name == "nvfp4" else None)
+    assert q.shape == (0, 32)
+
+
+def test_plain_formats_saturate_instead_of_making_infinities() -> None:
+    assert get("fp16").encode(torch.tensor([[1e9, -1e9]])).codes.tolist() == [[65504.0, -65504.0]]
+
+
+@each_format
+def test_names_and_sources_are_given(fmt: Format) -> None:
+    assert get(fmt.name) is fmt
+    assert fmt.source
+
+
+def test_an_unknown_format_names_the_known_ones() -> None:
+    with pytest.raises(KeyError, match="nvfp4"):
+        get("nvfp5")
