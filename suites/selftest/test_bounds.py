@@ -1,0 +1,102 @@
+"""The a priori variance against what rounding really does: simulated kernels that round where they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.inputs import Inputs, make_inputs
+from harness.oracle import expect, weight_source
+from reference.activation import ACTIVATIONS
+from reference.bounds import accumulation_variance, finalize_variance, rounding_variance
+from reference.moe import moe
+from reference.rounding import Rounding
+
+MOST_SIGMAS = 6.6
+FULL = Rounding(gate_up="bf16", activated="bf16", middle="bf16", row="bf16", weighted="bf16", partial="bf16", out="bf16")
+ONCE = [  # no value passes two rounding points without arithmetic between them, so the estimate is tight
+    Rounding(out="bf16"),
+    Rounding(gate_up="fp16", out="fp16"),
+    Rounding(gate_up="bf16", row="bf16", out="bf16"),
+    Rounding(activated="bf16"),
+    Rounding(middle="bf16", out="bf16"),
+    Rounding(middle="e4m3", out="bf16"),
+    Rounding(weighted="bf16"),
+    Rounding(routing_weight="bf16"),
+    Rounding(gate_up="bf16"),
+]
+
+
+def declared(rounding: Rounding) -> str:
+    return "-".join(f"{k}={v}" for k, v in vars(rounding).items() if v)
+
+
+@cache
+def inputs_of(activation: str) -> Inputs:
+    """Real fill; the logits are drawn anew, since those of the fill make four distinct sets of weights only."""
+    made = make_inputs(Case.parse(f"moe.nvfp4.t96.h256.i256.e8.k2.renormalize.{activation}.standard.real.s1"))
+    return replace(made, logits=torch.randn(96, 8, generator=torch.Generator().manual_seed(2)))
+
+
+def z_scores(activation: str, rounding: Rounding) -> Tensor:
+    """(a kernel that rounds as declared - the ideal value) / predicted sigma."""
+    inputs = inputs_of(activation)
+    expected = expect(inputs.case, inputs, rounding)
+    rounded = moe(inputs.x, inputs.routing, weight_source(inputs), 8, ACTIVATIONS[activation], rounding)
+    return (rounded - expected.value) / expected.sigma
+
+
+@pytest.mark.parametrize("rounding", ONCE, ids=declared)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_predicted_variance_is_the_measured_one(activation: str, rounding: Rounding) -> None:
+    """A factor of two in one term hides in a tolerance of 6 sigma; the mean of z**2 shows it."""
+    z = z_scores(activation, rounding)
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(z.abs().max()) < MOST_SIGMAS
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_repeated_roundings_are_overestimated_never_underestimated(activation: str) -> None:
+    """relu and identity pass gate_up's grid values on: rounding them again is free, yet counted. So is the first partial
+    sum. The estimate is then too wide by at most the number of points."""
+    z = z_scores(activation, FULL)
+    assert 0.3 < float(z.square().mean()) < 1.1
+    assert float(z.abs().max()) < MOST_SIGMAS
+
+
+def test_variance_of_a_rounding_is_a_twelfth_of_the_squared_spacing() -> None:
+    value = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+    wanted = torch.tensor([2.0**-7, 2.0**-6, 2.0**-133], dtype=torch.float64).square() / 12
+    assert torch.equal(rounding_variance(Rounding(out="bf16"), "out", value), wanted)
+    assert rounding_variance(Rounding(), "out", value).tolist() == [0, 0, 0]
+
+
+def test_sequential_fp32_sums_have_the_predicted_variance() -> None:
+    """bf16 factors, so that products are exact in fp32 and only the sums round."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(128, 1024, generator=generator).bfloat16()
+    b = torch.randn(64, 1024, generator=generator).bfloat16()
+    total = torch.zeros(128, 64)
+    for k in range(1024):
+        total += a[:, k, None].float() * b[None, :, k].float()
+    error = total.double() - a.double() @ b.double().T
+    ratio = error.square() / accumulation_variance(a.double(), b.double())
+    assert 0.8 < float(ratio.mean()) < 1.1
+
+
+def test_finalize_adds_one_fp32_rounding_a_slot() -> None:
+    rows = torch.ones(1, 2, 1, dtype=torch.float64)
+    variance = finalize_variance(rows, torch.zeros_like(rows), torch.ones(1, 2, dtype=torch.float64), Rounding())
+    assert variance.item() == (2.0**-46 + 2.0**-44) / 12
+
+
+def test_row_variances_are_weighted_by_the_squared_routing_weight() -> None:
+    rows = torch.zeros(1, 2, 1, dtype=torch.float64)
+    weights = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
+    variance = finalize_variance(rows, torch.tensor([[[4.0], [16.0]]], dtype=torch.float64), weights, Rounding())
+    assert variance.item() == pytest.approx(2.0)
