@@ -8,7 +8,8 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from harness.case import Case
 from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect
-from harness.pipeline import OracleCache, run
+from harness.pipeline import run
 from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
 from reference.rounding import Rounding
@@ -39,6 +40,12 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def for_each(cases: Iterable[Case], call: Callable[[Case], object]) -> None:
+    """Call once per case."""
+    for case in cases:
+        call(case)
+
+
 def isolation() -> None:
     """300 small cases through the worker and the journal against the same cases in this process, alternating in tens."""
     backend = discover()["torch_grouped_mm"]
@@ -51,8 +58,8 @@ def isolation() -> None:
         worker.judge(cases[0], backend.name)
         for start in range(0, CASES, 10):
             group = cases[start : start + 10]
-            bare += timed(lambda group=group: [run(c, backend, CPU, cache=OracleCache()) for c in group])  # type: ignore[misc]
-            through += timed(lambda group=group: [journal.append(worker.judge(c, backend.name)) for c in group])  # type: ignore[misc]
+            bare += timed(partial(for_each, group, lambda case: run(case, backend, CPU)))
+            through += timed(partial(for_each, group, lambda case: journal.append(worker.judge(case, backend.name))))
     console.print(f"isolation: {CASES} cases bare {bare:.2f} s, worker and journal {through:.2f} s, ratio {through / bare:.3f}")
 
 
@@ -70,8 +77,10 @@ def replacement() -> None:
             gaps.append(timed(lambda: worker.judge(case, "torch_grouped_mm")) - warm)
     fresh = timed(lambda: os.system("python3 -c 'import harness.worker.child' >/dev/null 2>&1"))
     middle = statistics.median(gaps)
-    console.print(f"replacement: a crashed child costs {middle:.3f} s more than a warm case (median of {CRASHES}, worst {max(gaps):.3f} s)")
-    console.print(f"replacement: a fresh interpreter with torch takes {fresh:.2f} s, {fresh / max(middle, 1e-3):.0f} times as long")
+    console.print(f"replacement: a crash costs {middle:.3f} s over a warm case (median of {CRASHES}, worst {max(gaps):.3f} s)")
+    console.print(
+        f"replacement: a fresh interpreter with torch takes {fresh:.2f} s, {fresh / max(middle, 1e-3):.0f} times as long"
+    )
 
 
 def production() -> None:
@@ -83,7 +92,9 @@ def production() -> None:
     seconds = timed(lambda: expect(case, make_inputs(case), rounding))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     console.print(f"production: {case.id}")
-    console.print(f"production: inputs and oracle {seconds:.1f} s, peak memory {peak / 2**20:.2f} GiB (before {before / 2**20:.2f} GiB)")
+    console.print(
+        f"production: inputs and oracle {seconds:.1f} s, peak memory {peak / 2**20:.2f} GiB (before {before / 2**20:.2f} GiB)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A case is its id: everything that decides the inputs and the expected output, readable and parseable.
 
-    moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0
-    op  recipe tokens hidden inter experts top_k routing activation format fill [skew] seed
+moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0
+op  recipe tokens hidden inter experts top_k routing activation format fill [skew] seed
 """
 
 from __future__ import annotations

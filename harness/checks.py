@@ -26,7 +26,7 @@ def malformed(case: Case, output: object, device: Device) -> Finding | None:
         return Finding("output_shape", f"returned shape {tuple(output.shape)}, wanted {shape}")
     if output.dtype != wanted:
         return Finding("output_dtype", f"returned {output.dtype}, wanted {wanted}")
-    if output.device.type != device.kind and not (case.shape.tokens == 0):
+    if output.device.type != device.kind and case.shape.tokens != 0:
         return Finding("output_device", f"returned a tensor on {output.device}, wanted {device.kind}")
     return None
 

@@ -1,4 +1,7 @@
-"""The command line: doctor, list, run, repro. Exit codes: 0 clean, 1 a kernel failed, 2 incomplete, 3 our or the user's fault."""
+"""The command line: doctor, list, run, repro.
+
+Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from harness.plan import Plan, Request
 from harness.report.text import explain
 from harness.run import Incomplete, execute
 from harness.session import detected_platform, device_of, new_folder
-from harness.verdict import Status
 from harness.worker.supervisor import Supervisor, WorkerBug
 
 CLEAN, KERNEL_FAILED, INCOMPLETE, USER_ERROR = 0, 1, 2, 3
@@ -44,7 +46,7 @@ Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="Python file
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 - typer turns parameters into options
     platform: Platform = None,
     tier: TierName = "smoke",
     backend: Backends = None,

@@ -14,7 +14,7 @@ from harness.oracle import Expected
 from harness.verdict import Comparison, Diagnosis
 
 EXPLAINED = 0.05  # a prediction explains an output if at most this share of the error's norm is left
-TILES = (16, 32, 64, 128, 256)  # tile sizes kernels use; a tail is reported for the largest that fits the evidence
+TILES = (16, 32, 64, 128, 256)  # tile sizes kernels use; a tail is named after the smallest that holds the evidence
 FACTOR_SPREAD = 0.02  # a constant factor holds if the middle half of the ratios lies within 2 % of the median
 
 
@@ -124,7 +124,7 @@ def _constant_factor(expected: Expected, actual: Tensor, bad: Tensor) -> str | N
         return None
     power = torch.tensor(abs(median)).log2()
     exact = f" (2**{int(power.round())})" if abs(power - power.round()) < 0.01 else ""
-    return f"{int(rows.sum())} rows are {median:.4g} times the expected{exact}: a scale applied twice, not at all, or of another expert?"
+    return f"{int(rows.sum())} rows are {median:.4g} times the expected{exact}: a scale twice, missing, or another expert's?"
 
 
 def _tail_tile(expected: Expected, actual: Tensor, bad: Tensor) -> str | None:
@@ -133,11 +133,11 @@ def _tail_tile(expected: Expected, actual: Tensor, bad: Tensor) -> str | None:
 
 
 def _tail(bad: Tensor) -> str:
-    """"" unless all bad elements lie in the last tile of the rows or of the columns, and it is not everything."""
+    """ "" unless all bad elements lie in the last tile of the rows or of the columns, and it is not everything."""
     for axis, name in ((0, "rows"), (1, "columns")):
         size, hit = bad.shape[axis], bad.any(1 - axis).nonzero().flatten()
         first = int(hit[0])
-        for tile in reversed(TILES):
+        for tile in TILES:
             start = (size - 1) // tile * tile
             if 0 < start <= first:
                 return f"; all within the last tile of {tile} {name} ({start}..{size - 1})"

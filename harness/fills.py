@@ -75,7 +75,7 @@ def _real_scales(fmt: Format, shape: tuple[int, int], stream: Stream, base: floa
         return _store(fmt, jitter * base), None
     # The block scales sit around 8, the middle of the scale grid; the global scale carries the rest (encode sense).
     middle = 8.0
-    odd = 1 + float(stream.child("global").fields(1, 1, 16).item() & (SCALE_STEPS - 1)) / SCALE_STEPS
+    odd = 1 + (int(stream.child("global").fields(1, 1, 16)) & (SCALE_STEPS - 1)) / SCALE_STEPS
     return _store(fmt, jitter * middle), torch.tensor(middle / base * odd / 1.5, dtype=torch.float32, device=draw.device)
 
 
@@ -120,4 +120,3 @@ def _code_table(fmt: Format) -> Tensor:
     """[9] uint8: the codes of -4 .. 4 (of which 0, +-1, +-2, +-4 are used)."""
     table: Tensor = fmt.element.encode(torch.arange(-4, 5, dtype=torch.float64)).to(torch.uint8)
     return table
-

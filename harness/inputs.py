@@ -21,7 +21,9 @@ GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, s
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
 X_ENTRIES = 24  # non-zeros of a token in the exact fill: enough to reach most rows, few enough for 8-bit sums
 GATE_HITS = 0.5  # expected matches of a gate row with a token: four in ten neurons fire
-TERM_BUDGET = 20.0  # down-projection terms per output over all experts: std 25 units of the 256 a bf16 holds exactly
+TERM_BUDGET = 20.0  # down-projection terms per output over all experts: enough that few outputs are zero
+TERM_VARIANCE = 30.0  # mean square of such a term, in units of 32, at these densities
+EXACT_SIGMAS = 7.0  # the sum over experts stays this many standard deviations inside the 256 units a bf16 holds exactly
 ACTIVE = 0.34  # share of neurons with a non-zero product at those densities
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
 
@@ -69,8 +71,14 @@ class Inputs:
         """Down-projection weights of one expert, [hidden, inter]."""
         shape = self.case.shape
         rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
-        live = min(1.0, TERM_BUDGET * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
+        live = min(1.0, self._terms * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
         return self._matrix(f"down.{expert}", (shape.hidden, shape.inter), rms, fills.Sparse(1.0, live, signed=True))
+
+    @property
+    def _terms(self) -> float:
+        """Terms per output in the exact fill: fewer where a routed scaling factor (2.5 = 5/2) eats into the 8 bits."""
+        unit = RULES[self.case.routing].scale.as_integer_ratio()[0]
+        return min(TERM_BUDGET, (256 / (EXACT_SIGMAS * unit)) ** 2 / TERM_VARIANCE)
 
     @property
     def _gate_rms(self) -> float:

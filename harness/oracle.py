@@ -21,7 +21,9 @@ from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
 AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than this, either expert is a right answer
-SATURATES = Rounding(activated="fp32")  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
+SATURATES = Rounding(
+    activated="fp32"
+)  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
 
 
 @dataclass(frozen=True)

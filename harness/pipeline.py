@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.backends.base import Backend, Device, Launch
+from harness.backends.base import Backend, Device, Launch, checked_probe
 from harness.case import Case
 from harness.checks import malformed, mutated, snapshot, unstable, untrusted
 from harness.compare import compare
@@ -110,7 +110,7 @@ def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> V
 
 def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache) -> Verdict:
     progress.at(Stage.SUPPORT)
-    for support in (backend.supports(case, device), backend.probe(device)):
+    for support in (backend.supports(case, device), checked_probe(backend, device)):
         if not support.ok:
             status = Status.UNSUPPORTED if support.kind == "case" else Status.UNAVAILABLE
             return Verdict(case.id, backend.name, status, Stage.SUPPORT, support.reason)
@@ -122,7 +122,9 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
         return Verdict(case.id, backend.name, Status.UNTRUSTED, Stage.ORACLE, reason)
     progress.at(Stage.PREPARE)
     launch = _subject(lambda: backend.prepare(case, inputs))
-    assert isinstance(launch, Launch), f"{backend.name}: prepare must return a Launch, got {type(launch).__name__}"
+    if not isinstance(launch, Launch):
+        text = f"prepare() must return a Launch, got {type(launch).__name__}"
+        return Verdict(case.id, backend.name, Status.CONTRACT, Stage.PREPARE, text, (Finding("prepare", text),))
     before = snapshot(inputs, launch)
     progress.at(Stage.LAUNCH)
     first = _subject(lambda: _launch(launch, device))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from harness import config
 from harness.backends.base import Backend, Device
@@ -61,7 +62,8 @@ def load(folder: Path) -> Plan:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
-        request = Request(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()}
+        request = Request(**given)
         plan = Plan(request, float(data["limit_s"]), tuple(Item(**item) for item in data["items"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error

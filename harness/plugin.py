@@ -1,6 +1,6 @@
 """pytest glue: a test that asks for the fixture `verdict` is run once per planned case, through the worker.
 
-    pytest suites/layer --platform cpu --tier smoke --backend torch_grouped_mm
+pytest suites/layer --platform cpu --tier smoke --backend torch_grouped_mm
 """
 
 from __future__ import annotations

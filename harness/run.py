@@ -103,7 +103,9 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
         out.print(f"skipped {subject}: {reason}", markup=False)
     red, total = len(groups[Outcome.RED]) + len(groups[Outcome.GONE]), len(verdicts)
     green, known = len(groups[Outcome.GREEN]), len(groups[Outcome.KNOWN])
-    out.print(f"{total} verdicts: {green} passed, {red} failed, {known} known, {len(groups[Outcome.SKIPPED])} skipped; {folder}")
+    out.print(
+        f"{total} verdicts: {green} passed, {red} failed, {known} known, {len(groups[Outcome.SKIPPED])} skipped; {folder}"
+    )
 
 
 def _versions(verdicts: list[Verdict]) -> dict[str, str]:

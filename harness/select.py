@@ -73,7 +73,10 @@ def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) ->
         return []
     limits = (*LIMITS, *backend.limits)
     single = [limit for limit in limits if len(limit.axes) == 1]
-    mine = {name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)])] for name, values in mine.items()}
+    mine = {
+        name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)])]
+        for name, values in mine.items()
+    }
     if not all(mine.values()):
         return []
     cases = [TEMPLATE.vary(**row) for row in cover(mine, limits, strength)]

@@ -106,5 +106,3 @@ def _made(folder: Path | None, name: str) -> Path:
     path = folder / name
     path.mkdir(exist_ok=True)
     return path
-
-

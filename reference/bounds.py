@@ -25,33 +25,34 @@ def rounding_variance(rounding: Rounding, point: str, value: Tensor) -> Tensor:
     return torch.zeros_like(value) if element is None else element.ulp(value).square() / 12
 
 
-def accumulation_variance(a: Tensor, b: Tensor) -> Tensor:
-    """[rows, columns]: variance of the fp32 sums in a @ b.T taken one term after another, an upper estimate.
+def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+    """[rows, columns]: variance of the fp32 sums in total = a @ b.T taken one term after another, an upper estimate.
 
-    Partial sum j of K has variance j * q, q the mean squared product, and is rounded to fp32: K**2 / 2 * q * u**2 / 12.
+    Each partial sum S_j of K terms is rounded to fp32. Given the final sum s, a random walk has (Brownian bridge)
+    E[S_j**2] = s**2 (j/K)**2 + q j (K - j) / K, q the mean squared product; summed over j: K s**2 / 3 + K**2 q / 6.
     q is taken from the rows' mean squares (of b over at most SAMPLED columns), so a and b are not multiplied again.
     """
     terms = a.shape[-1]
     mean_square = a.square().mean(-1)[:, None] * b[:, :: -(-terms // SAMPLED)].square().mean(-1)[None, :]
     relative = 2.0 ** (-2 * FP32.mantissa_bits) * MEAN_SQUARED_ULP / 12
-    return mean_square * (terms**2 / 2 * relative)
+    return (mean_square * (terms**2 / 6) + total.square() * (terms / 3)) * relative
 
 
 def row_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
     """Variance of one expert's output rows [rows, hidden], float64."""
     by_gate, by_up = _partials(done, activation)
-    gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate)
+    gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate, done.gate)
     activated = activation.scalar(done.gate)
     linear = torch.ones_like(activated)
     middle = by_gate.square() * gate_variance
     if done.up is not None and weights.up is not None:
         linear = activation.linear(done.up)
-        up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up)
+        up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up, done.up)
         middle = middle + by_up.square() * up_variance
     middle = middle + rounding_variance(rounding, "activated", activated) * linear.square()
     middle = middle + rounding_variance(rounding, "middle", done.middle) + (done.middle * ACTIVATION_ERROR).square()
     squared = weights.down.float().square_()  # a variance is wanted to a percent: float32 halves the traffic
-    row = (middle.float() @ squared.T).double() + accumulation_variance(done.middle, weights.down)
+    row = (middle.float() @ squared.T).double() + accumulation_variance(done.middle, weights.down, done.row)
     return row + rounding_variance(rounding, "row", done.row)
 
 

@@ -12,7 +12,8 @@ from reference.rounding import IDEAL, Rounding
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Decoded weights of one expert, float64. gate and up [intermediate, hidden] (up None when not gated), down [hidden, intermediate]."""
+    """Decoded weights of one expert, float64: gate and up [intermediate, hidden] (up None when not gated),
+    down [hidden, intermediate]."""
 
     gate: Tensor
     up: Tensor | None

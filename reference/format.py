@@ -44,8 +44,11 @@ class Golden:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix. `codes` [rows, columns]: one unpacked code per element (the value itself in a plain format);
-    `scales`, shaped by `Scaling.scale_shape`: codes of the scale grid, or float32 values; `global_scale`: float32 [] in the encode sense."""
+    """A quantised matrix.
+
+    `codes` [rows, columns]: one unpacked code per element (the value itself in a plain format); `scales`, shaped by
+    `Scaling.scale_shape`: codes of the scale grid, or float32 values; `global_scale`: float32 [] in the encode sense.
+    """
 
     format: Format
     codes: Tensor
@@ -99,7 +102,8 @@ class Format:
 
     def scale_values(self, q: Quantized, dtype: torch.dtype = torch.float64) -> Tensor:
         """The block scales as numbers, global scale not applied."""
-        assert self.scaling is not None and q.scales is not None
+        assert self.scaling is not None
+        assert q.scales is not None
         return q.scales.to(dtype) if q.scales.is_floating_point() else self.scaling.element.decode(q.scales, dtype)
 
 

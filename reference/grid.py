@@ -51,7 +51,7 @@ class ElementType:
     def max(self) -> float:
         """Largest finite value."""
         ones = (1 << self.mantissa_bits) - 1 - (1 if self.specials == "nan" else 0)
-        return 2.0**self.max_exponent * (1 + ones / 2**self.mantissa_bits)
+        return float(2.0**self.max_exponent * (1 + ones / 2**self.mantissa_bits))
 
     @cached_property
     def values(self) -> Tensor:

@@ -1,6 +1,6 @@
 """The whole Mixture-of-Experts layer in float64, one expert after another, every rounding point named.
 
-    y[t] = sum over k of weight[t, k] * down_e @ act(gate_e @ x[t], up_e @ x[t]),   e = ids[t, k]
+y[t] = sum over k of weight[t, k] * down_e @ act(gate_e @ x[t], up_e @ x[t]),   e = ids[t, k]
 """
 
 from __future__ import annotations

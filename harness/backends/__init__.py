@@ -43,11 +43,13 @@ def load_file(path: str) -> ModuleType:
     if not file.is_file():
         raise PluginError(f"plugin {path}: no such file")
     spec = importlib.util.spec_from_file_location(f"moecheck_plugin_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
 
     def run() -> ModuleType:
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         spec.loader.exec_module(module)
         return module
 

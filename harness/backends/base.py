@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from harness.case import Case, Limit
+from harness.errors import PluginError
 from reference.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -98,3 +99,14 @@ class Backend:
                 return Support.no("case", f"{what} {given}: takes {', '.join(known)}")
         reason = next((text for limit in self.limits if (text := limit.refuses(case))), None)
         return YES if reason is None else Support.no("case", reason)
+
+
+def checked_probe(backend: Backend, device: Device) -> Support:
+    """The backend's probe; PluginError if it raises or answers something else than Support."""
+    try:
+        support = backend.probe(device)
+    except Exception as error:
+        raise PluginError(f"backend {backend.name}: probe() raised {type(error).__name__}: {error}") from error
+    if not isinstance(support, Support) or not (support.ok or support.reason):
+        raise PluginError(f"backend {backend.name}: probe() must return Support with a reason for a no, got {support!r:.120}")
+    return support

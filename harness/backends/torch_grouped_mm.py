@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,18 +12,24 @@ from harness.case import Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
+GROUPED_MM: Callable[..., Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
+    torch, "_grouped_mm", None
+)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": torch.nn.functional.silu,
+    "geglu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+}
 ALIGNMENT = 8  # grouped_mm wants 16-byte aligned strides: 8 bf16 elements
 
 
 def probe(device: Device) -> Support:
     """grouped_mm became public in torch 2.10; before that it is torch._grouped_mm."""
-    if _grouped_mm() is None:
+    if GROUPED_MM is None:
         return Support.no("library", f"torch {torch.__version__} has no grouped_mm")
     return YES
-
-
-def _grouped_mm():  # type: ignore[no-untyped-def]
-    return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 def unaligned(case: Case) -> str | None:
@@ -49,22 +57,20 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     order = b["ids"].flatten().argsort(stable=True)
     counts = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0])
     ends = counts.cumsum(0).to(torch.int32)
-    grouped_mm = _grouped_mm()
-    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
+    assert GROUPED_MM is not None
+    pre = GROUPED_MM(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
     middle = _activate(pre.float(), activation, gated).to(pre.dtype)
-    rows = grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends)
+    rows = GROUPED_MM(middle, b["w2"].transpose(-2, -1), offs=ends)
     weighted = rows.float() * b["weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)
 
 
 def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
-    functions = {"swiglu": torch.nn.functional.silu, "silu": torch.nn.functional.silu, "geglu": torch.nn.functional.gelu}
-    functions |= {"gelu": torch.nn.functional.gelu, "relu": torch.relu}
     if not gated:
-        return functions[activation](pre)
+        return FUNCTIONS[activation](pre)
     gate, up = pre.chunk(2, dim=-1)
-    return functions[activation](gate) * up
+    return FUNCTIONS[activation](gate) * up
 
 
 BACKENDS = (
@@ -73,7 +79,7 @@ BACKENDS = (
         library="torch",
         deterministic=True,
         recipes=("bf16",),
-        activations=("swiglu", "geglu", "silu", "gelu", "relu"),
+        activations=tuple(FUNCTIONS),
         archs=("cpu", "sm90", "sm100"),
         rounding=lambda case: Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16"),
         probe=probe,

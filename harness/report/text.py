@@ -44,9 +44,13 @@ def explain(verdict: Verdict) -> str:
 
 
 def _comparison(comparison: Comparison) -> list[str]:
-    bound = statistics(comparison) if comparison.agrees or comparison.lane == "exact" else (
-        f"worst z {comparison.worst:.3g} (limit {comparison.limit:.2f}), mean z^2 {comparison.mean_z2:.3g} "
-        f"(limit {comparison.mean_z2_limit:.2f}), rel-L2 {comparison.rel_l2:.2e}"
+    bound = (
+        statistics(comparison)
+        if comparison.agrees or comparison.lane == "exact"
+        else (
+            f"worst z {comparison.worst:.3g} (limit {comparison.limit:.2f}), mean z^2 {comparison.mean_z2:.3g} "
+            f"(limit {comparison.mean_z2_limit:.2f}), rel-L2 {comparison.rel_l2:.2e}"
+        )
     )
     lines = [f"  {comparison.lane} lane: {bound}"]
     if comparison.rows_hit:

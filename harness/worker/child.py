@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from harness.backends import discover
-from harness.backends.base import Backend, Device, Support
+from harness.backends.base import Backend, Device, checked_probe
 from harness.case import Case
 from harness.device import environment
-from harness.errors import MoecheckError, PluginError, UnknownName
+from harness.errors import MoecheckError, UnknownName
 from harness.pipeline import OracleCache, Progress, run
 from harness.worker.protocol import Message, receive, send
 
@@ -100,14 +100,3 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
     verdict = run(case, backend, setup.device, progress, cache)
     return {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
-
-
-def checked_probe(backend: Backend, device: Device) -> Support:
-    """The backend's probe; PluginError if it raises or answers something else than Support."""
-    try:
-        support = backend.probe(device)
-    except Exception as error:
-        raise PluginError(f"backend {backend.name}: probe() raised {type(error).__name__}: {error}") from error
-    if not isinstance(support, Support) or not (support.ok or support.reason):
-        raise PluginError(f"backend {backend.name}: probe() must return Support with a reason for a no, got {support!r:.120}")
-    return support

@@ -14,7 +14,8 @@ ENCODE_RANGE = grid.E4M3.max * grid.E2M1.max  # 2688: the global scale that uses
 def encode(fmt: Format, x: Tensor, global_scale: Tensor | None) -> Quantized:
     """The exact-reciprocal recipe, float32 throughout: sf = e4m3(amax * (gs * f32(1/6))), o = min(1 / (sf * (1 / gs)),
     FLT_MAX), code = e2m1_rne(x * o); a zero block gets scale 0. FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH=1 does the same."""
-    assert fmt.scaling is not None and global_scale is not None
+    assert fmt.scaling is not None
+    assert global_scale is not None
     gs = global_scale.float()
     sixth = torch.tensor(1 / grid.E2M1.max, dtype=torch.float32, device=x.device)
     amax = block_amax(x, fmt.scaling.group)

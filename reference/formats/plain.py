@@ -15,7 +15,9 @@ def encode(fmt: Format, x: Tensor, global_scale: Tensor | None) -> Quantized:
 
 
 def _plain(element: grid.ElementType) -> Format:
-    return Format(element.name, element, None, "even", True, element.source, encode, torch_dtype=grid.TORCH_DTYPES[element.name])
+    return Format(
+        element.name, element, None, "even", True, element.source, encode, torch_dtype=grid.TORCH_DTYPES[element.name]
+    )
 
 
 FORMATS = (_plain(grid.FP32), _plain(grid.BF16), _plain(grid.FP16))

@@ -22,19 +22,19 @@ from reference.routing import RULES
 BF16_EVERYWHERE = Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16")
 PINNED: dict[str, tuple[str, str, str]] = {
     "moe.nvfp4.t5.h64.i32.e8.k2.renormalize.swiglu.standard.real.s0": (
-        "af12c30a49a233e0",
-        "99796401e09b7148",
-        "b5d60f4bab84102f",
+        "af12c30a49a2",
+        "99796401e09b",
+        "b5d60f4bab84",
     ),
     "moe.bf16.t3.h40.i24.e16.k2.deepseek_v3.geglu.standard.exact.s7": (
-        "0b06b25ef19ae23a",
-        "97727c8718d5247a",
-        "e108633283ce3613",
+        "0b06b25ef19a",
+        "97727c8718d5",
+        "e108633283ce",
     ),
     "moe.mxfp4-fp16.t4.h96.i64.e4.k1.default.relu.standard.real.hot.s1": (
-        "3931b4abfb02c671",
-        "348ae5f2f4d8b7f8",
-        "474c8674e712d0de",
+        "3931b4abfb02",
+        "348ae5f2f4d8",
+        "474c8674e712",
     ),
 }
 EXACT_SHAPES = [
@@ -65,7 +65,7 @@ def bytes_of(*tensors: Tensor | None) -> str:
     for t in tensors:
         if t is not None:
             digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:12]
 
 
 def matrices(inputs: Inputs, expert: int) -> list[Quantized]:
@@ -166,7 +166,9 @@ def test_half_leaves_the_upper_experts_idle() -> None:
     assert int(make_inputs(small(skew="half")).topk_ids.max()) < 8
 
 
-@pytest.mark.parametrize(("fill", "routing"), [("real", "renormalize"), ("exact", "renormalize"), ("exact", "deepseek_v3")])
+@pytest.mark.parametrize(
+    ("fill", "routing"), [("real", "renormalize"), ("real", "deepseek_v3"), ("exact", "renormalize"), ("exact", "deepseek_v3")]
+)
 def test_hot_sends_every_token_to_one_expert(fill: str, routing: str) -> None:
     ids = make_inputs(small(fill=fill, routing=routing, skew="hot")).topk_ids
     assert (ids == 3).any(-1).all()

@@ -1,0 +1,109 @@
+"""Deaths become verdicts, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from harness.backends.base import CPU
+from harness.case import Case
+from harness.diagnose import KINDS
+from harness.errors import PluginError
+from harness.verdict import Status
+from harness.worker.supervisor import Supervisor
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = str(ROOT / "examples" / "broken_backends.py")
+CASE = Case.parse("moe.bf16.t33.h256.i128.e5.k2.renormalize.swiglu.standard.real.s0")
+RIGHT = {
+    "gate_up_swapped": (Status.WRONG, "gate_up_swap"),
+    "zeros": (Status.WRONG, "zeros"),
+    "expert_dropped": (Status.WRONG, "missing_expert"),
+    "rows_permuted": (Status.WRONG, "row_permutation"),
+    "nan_in_tile": (Status.WRONG, "non_finite"),
+    "wrong_dtype": (Status.MALFORMED, "torch.float32, wanted torch.bfloat16"),
+    "input_mutated": (Status.CORRUPTING, "input x"),
+    "segfault": (Status.CRASHED, "SIGSEGV"),
+    "abort": (Status.CRASHED, "SIGABRT"),
+    "hang": (Status.HUNG, "no answer within"),
+    "exception_after_yes": (Status.CRASHED, "gemm_grouped.cu:42"),
+}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    with Supervisor(CPU, (EXAMPLES,), tmp_path_factory.mktemp("log"), limit_s=5) as supervisor:
+        supervisor.probe("torch_grouped_mm")
+        yield supervisor
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_each_broken_example_gets_its_status(worker: Supervisor, name: str) -> None:
+    """All through one worker: a crash or a scribble of one must not change the next one's verdict."""
+    verdict = worker.judge(CASE, f"broken_{name}")
+    status, text = RIGHT[name]
+    assert verdict.status is status
+    assert text in verdict.reason
+    assert f"--backend broken_{name} --plugin" in verdict.rerun
+    assert verdict.environment["torch"]
+    if status is Status.WRONG:
+        assert verdict.diagnosis is not None
+        assert verdict.diagnosis.kind in {kind.__name__.strip("_") for kind in KINDS}
+    assert worker.judge(CASE, "torch_grouped_mm").status is Status.PASSED
+
+
+def test_a_dead_childs_stack_is_kept(worker: Supervisor) -> None:
+    verdict = worker.judge(CASE, "broken_segfault")
+    assert "in segfault" in verdict.findings[0].evidence["output"]
+
+
+def test_a_child_killed_between_cases_is_replaced(worker: Supervisor) -> None:
+    os.kill(worker.pid, signal.SIGKILL)
+    verdicts = [worker.judge(CASE, "torch_grouped_mm") for _ in range(2)]
+    assert verdicts[-1].status is Status.PASSED
+
+
+PLUGIN = """
+from dataclasses import replace
+from harness.backends.base import Support
+from harness.backends.torch_grouped_mm import BACKENDS as ORIGINAL
+def probe(device): {probe}
+def prepare(case, inputs): {prepare}
+BACKENDS = (replace(ORIGINAL[0], name="odd", probe=probe, prepare=prepare),)
+"""
+
+
+def judge_plugin(tmp_path: Path, probe: str = "return Support(True)", prepare: str = "return None"):  # type: ignore[no-untyped-def]
+    file = tmp_path / "odd.py"
+    file.write_text(PLUGIN.format(probe=probe, prepare=prepare))
+    with Supervisor(CPU, (str(file),), tmp_path, limit_s=20) as supervisor:
+        return supervisor.judge(CASE, "odd")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "status", "text"),
+    [
+        ("raise MemoryError('no room')", Status.OUT_OF_MEMORY, "no room"),
+        ("raise SystemExit(5)", Status.CRASHED, "SystemExit: 5"),
+        ("import os; os._exit(7)", Status.CRASHED, "exited with code 7"),
+        ("return None", Status.CONTRACT, "Launch"),
+    ],
+)
+def test_other_ways_to_die_are_verdicts_too(tmp_path: Path, prepare: str, status: Status, text: str) -> None:
+    verdict = judge_plugin(tmp_path, prepare=prepare)
+    assert verdict.status is status
+    assert text in verdict.reason
+
+
+def test_a_library_that_is_not_here_is_unavailable(tmp_path: Path) -> None:
+    verdict = judge_plugin(tmp_path, probe="return Support.no('library', 'libfoo is missing')")
+    assert (verdict.status, verdict.reason) == (Status.UNAVAILABLE, "libfoo is missing")
+
+
+@pytest.mark.parametrize("probe", ["return True", "raise KeyError('x')", "return Support(False)"])
+def test_a_lying_probe_is_the_users_error(tmp_path: Path, probe: str) -> None:
+    with pytest.raises(PluginError, match="odd"):
+        judge_plugin(tmp_path, probe=probe)
