@@ -14,10 +14,11 @@ from torch import Tensor
 
 from harness.hashing import Stream
 from reference.format import Format, Quantized, expand_blocks
-from reference.grid import FLOATS, ElementType, IntegerType
+from reference.grid import FLOATS, ElementType, IntegerType, PowerOfTwoType
 
 GROUP = 8  # columns of which the exact fill makes at most one non-zero
 BINADES = 4  # the real fill spreads floating-point codes over this many binades: the whole of E2M1
+ROUND_UP = 1.5  # what rounding scales up to a power of two adds to their root mean square
 SCALE_STEPS = 256  # real block scales are base * 2**{-1, 0} * (1 + j / 256), exact in float64 on every device
 
 
@@ -71,6 +72,8 @@ def _real_scales(fmt: Format, shape: tuple[int, int], stream: Stream, base: floa
     assert fmt.scaling is not None
     draw = stream.child("scales").fields(*fmt.scaling.scale_shape(*shape), 16)
     jitter = (1 + (draw & (SCALE_STEPS - 1)).double() / SCALE_STEPS) / (1 + ((draw >> 8) & 1)).double()
+    if isinstance(fmt.scaling.element, PowerOfTwoType):
+        base /= ROUND_UP
     if not fmt.scaling.global_scale:
         return _store(fmt, jitter * base), None
     # The block scales sit around 8, the middle of the scale grid; the global scale carries the rest (encode sense).

@@ -22,8 +22,9 @@ MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integra
 X_ENTRIES = 24  # non-zeros of a token in the exact fill: enough to reach most rows, few enough for 8-bit sums
 GATE_HITS = 0.5  # expected matches of a gate row with a token: four in ten neurons fire
 TERM_BUDGET = 20.0  # down-projection terms per output over all experts: enough that few outputs are zero
-TERM_VARIANCE = 30.0  # mean square of such a term, in units of 32, at these densities
-EXACT_SIGMAS = 7.0  # the sum over experts stays this many standard deviations inside the 256 units a bf16 holds exactly
+# A routed scaling factor of 5/2 takes three of a bf16's eight bits: sums below 52 units, so fewer and smaller terms.
+SCALED_TERM_BUDGET, SCALED_UP_LIVE = 4.0, 1 / 16
+HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 ACTIVE = 0.34  # share of neurons with a non-zero product at those densities
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
 
@@ -64,21 +65,21 @@ class Inputs:
         gate = self._matrix(f"gate.{expert}", shape, self._gate_rms, fills.Sparse(SATURATED, self._gate_live, signed=False))
         if not ACTIVATIONS[self.case.activation].gated:
             return gate, None
+        up_live = SCALED_UP_LIVE if self._scaled else 1.0
         up_rms = UP_STD / math.sqrt(self.case.shape.hidden) / X_RMS
-        return gate, self._matrix(f"up.{expert}", shape, up_rms, fills.Sparse(1.0, 1.0, signed=True))
+        return gate, self._matrix(f"up.{expert}", shape, up_rms, fills.Sparse(1.0, up_live, signed=True))
 
     def down(self, expert: int) -> Quantized:
         """Down-projection weights of one expert, [hidden, inter]."""
         shape = self.case.shape
         rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
-        live = min(1.0, self._terms * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
+        budget = SCALED_TERM_BUDGET if self._scaled else TERM_BUDGET
+        live = min(1.0, budget * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
         return self._matrix(f"down.{expert}", (shape.hidden, shape.inter), rms, fills.Sparse(1.0, live, signed=True))
 
     @property
-    def _terms(self) -> float:
-        """Terms per output in the exact fill: fewer where a routed scaling factor (2.5 = 5/2) eats into the 8 bits."""
-        unit = RULES[self.case.routing].scale.as_integer_ratio()[0]
-        return min(TERM_BUDGET, (256 / (EXACT_SIGMAS * unit)) ** 2 / TERM_VARIANCE)
+    def _scaled(self) -> bool:
+        return RULES[self.case.routing].scale.as_integer_ratio()[0] > 1
 
     @property
     def _gate_rms(self) -> float:
@@ -105,6 +106,8 @@ def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
     if RULES[case.routing].biased:
         draw = stream.child("bias").fields(1, shape.experts, 16)[0]
         bias = ((draw & 0xFF).float() - 128) / 1024
+        if case.skew == "hot" and case.fill == "real":
+            bias[case.seed % shape.experts] = HOT_BIAS
     return Inputs(case, device, x, logits, bias)
 
 
@@ -139,5 +142,7 @@ def _handicap(case: Case, stream: Stream) -> Tensor:
     if groups == 1 or case.fill == "real":
         return handicap
     group_keys = stream.child("groups").fields(case.shape.tokens, groups, 32)
+    if case.skew == "hot":
+        group_keys[:, case.seed % case.shape.experts // (case.shape.experts // groups)] -= out
     group_rank = group_keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
-    return (group_rank.repeat_interleave(case.shape.experts // groups, dim=-1) >= kept).long() * out
+    return handicap + (group_rank.repeat_interleave(case.shape.experts // groups, dim=-1) >= kept).long() * out

@@ -49,4 +49,4 @@ def moe(
     rows = torch.zeros(tokens * top_k, x.shape[1], dtype=torch.float64, device=x.device)
     for _, slots, result, _ in passes(x, routing, weights, experts, activation, rounding):
         rows[slots] = result.row
-    return finalize(rows.view(tokens, top_k, -1), routing.weights, rounding)
+    return finalize(rows.view(tokens, top_k, x.shape[1]), routing.weights, rounding)

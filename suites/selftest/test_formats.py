@@ -121,8 +121,8 @@ def test_expand_and_amax_agree_on_two_dimensional_blocks() -> None:
 
 
 def test_block_maximum_ignores_nan_and_keeps_infinity() -> None:
-    x = torch.tensor([[1.0, float("nan"), -3.0, float("-inf")]])
-    assert block_amax(x, (1, 2)).tolist() == [[1.0, float("inf")]]
+    x = torch.tensor([[0.5, float("nan"), -3.0, float("-inf")]])
+    assert block_amax(x, (1, 2)).tolist() == [[0.5, float("inf")]]
 
 
 @each_format
@@ -140,6 +140,25 @@ def test_a_zero_block_of_nvfp4_has_scale_zero_and_signed_codes() -> None:
     assert q.scales is not None
     assert q.scales.tolist() == [[0]]
     assert q.codes.tolist() == [[0, 8] * 8]
+
+
+def test_a_block_of_mxfp4_with_scale_byte_zero_stays_unscaled() -> None:
+    """2**-126 would become code 4 by 2**(127 - byte); the CUDA kernel multiplies such blocks by 1."""
+    q = get("mxfp4").encode(torch.tensor([[2.0**-126] + [0.0] * 31]))
+    assert q.scales is not None
+    assert q.scales.tolist() == [[0]]
+    assert q.codes.tolist() == [[0] * 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("nvfp4", (1, 16)), ("mxfp4", (1, 32)), ("fp8_tensor", (0, 0)), ("int8_channel", (1, 0)), ("int4_channel", (1, 0))],
+)
+def test_those_share_a_scale_who_should(name: str, group: tuple[int, int]) -> None:
+    """All other tests read the group from the format, and would follow a wrong one."""
+    scaling = get(name).scaling
+    assert scaling is not None
+    assert scaling.group == group
 
 
 def test_nvfp4_saturates_when_a_scale_underflows() -> None:
