@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -75,7 +77,7 @@ def replacement() -> None:
             os.kill(worker.pid, signal.SIGSEGV)
             worker.judge(case, "torch_grouped_mm")  # dies or finds the corpse
             gaps.append(timed(lambda: worker.judge(case, "torch_grouped_mm")) - warm)
-    fresh = timed(lambda: os.system("python3 -c 'import harness.worker.child' >/dev/null 2>&1"))
+    fresh = timed(lambda: subprocess.run([sys.executable, "-c", "import harness.worker.child"], check=True))
     middle = statistics.median(gaps)
     console.print(f"replacement: a crash costs {middle:.3f} s over a warm case (median of {CRASHES}, worst {max(gaps):.3f} s)")
     console.print(

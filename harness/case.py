@@ -19,6 +19,7 @@ OPS = ("moe",)
 ACTIVATION_FORMATS = ("standard",)
 FILLS = ("exact", "real")
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
+AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
 MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits

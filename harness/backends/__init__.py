@@ -11,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 from harness.backends.base import Backend
-from harness.errors import PluginError
+from harness.case import AXES, Recipe
+from harness.errors import MoecheckError, PluginError, UnknownName
+from reference.activation import ACTIVATIONS
+from reference.routing import RULES
 
 GROUP = "moecheck.backends"
 
@@ -70,4 +73,25 @@ def _declared(origin: str, module: ModuleType) -> tuple[Backend, ...]:
     declared = getattr(module, "BACKENDS", None)
     if not isinstance(declared, tuple) or not declared or not all(isinstance(b, Backend) for b in declared):
         raise PluginError(f"{origin}: declares no backends; wanted BACKENDS = (Backend(...), ...), got {declared!r:.80}")
+    for backend in declared:
+        _check_names(origin, backend)
     return declared
+
+
+def _check_names(origin: str, backend: Backend) -> None:
+    """What a backend says it takes must exist: a typo would silently plan nothing."""
+    try:
+        for recipe in backend.recipes:
+            Recipe.parse(recipe)
+        for kind, given, known in (
+            ("activation", backend.activations, tuple(ACTIVATIONS)),
+            ("routing", backend.routings, tuple(RULES)),
+            ("axis of a limit", tuple(a for limit in backend.limits for a in limit.axes), AXES),
+        ):
+            for name in given:
+                if name not in known:
+                    raise UnknownName(kind, name, known)
+    except MoecheckError as error:
+        raise PluginError(f"{origin}: backend {backend.name}: {error}") from error
+    if not backend.recipes or not backend.activations:
+        raise PluginError(f"{origin}: backend {backend.name}: takes no recipe or no activation; it could never run")
