@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from reference.activation import ACTIVATIONS
-from reference.bounds import finalize_variance, row_variance
+from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
 from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.format import Quantized
 from reference.formats import get
@@ -32,11 +32,13 @@ class Expected:
 
     value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
     ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel;
-    contribution(e): what expert e adds to the output, computed when asked.
+    contribution(e): what expert e adds to the output, computed when asked; independent: how many independent errors a
+    right kernel's output holds.
     """
 
     value: Tensor
     sigma: Tensor
+    independent: float
     exact: bool
     reason: str
     routing: Routing
@@ -53,6 +55,7 @@ class _Accumulated:
     variance: Tensor
     swapped: Tensor
     stale: Tensor
+    independent: float = 0.0
     inexact: list[str] = field(default_factory=list)
 
 
@@ -66,7 +69,9 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
     ideal = SATURATES if case.fill == "exact" else IDEAL
     for _, mine, done, weights in passes(inputs.x, inputs.routing, weight_source(inputs), shape.experts, activation, ideal):
         rows.row[mine] = done.row
-        rows.variance[mine] = row_variance(done, weights, activation, rounding)
+        middle = middle_variance(done, weights, activation, rounding)
+        rows.variance[mine] = row_variance(done, weights, middle, rounding)
+        rows.independent += independent_errors(middle, shape.hidden)
         rows.swapped[mine] = _swapped(case, done, weights)
         rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
         if case.fill == "exact":
@@ -98,6 +103,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     return Expected(
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
+        independent=rows.independent,
         exact=case.fill == "exact" and not rows.inexact,
         reason=f"rounding changes {', '.join(dict.fromkeys(rows.inexact))}" if rows.inexact else "",
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),

@@ -38,8 +38,8 @@ def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     return (mean_square * (terms**2 / 6) + total.square() * (terms / 3)) * relative
 
 
-def row_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
-    """Variance of one expert's output rows [rows, hidden], float64."""
+def middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
+    """Variance of the input of GEMM 2 [rows, intermediate], float64."""
     by_gate, by_up = _partials(done, activation)
     gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate, done.gate)
     activated = activation.scalar(done.gate)
@@ -50,10 +50,25 @@ def row_variance(done: ExpertPass, weights: ExpertWeights, activation: Activatio
         up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up, done.up)
         middle = middle + by_up.square() * up_variance
     middle = middle + rounding_variance(rounding, "activated", activated) * linear.square()
-    middle = middle + rounding_variance(rounding, "middle", done.middle) + (done.middle * ACTIVATION_ERROR).square()
+    return middle + rounding_variance(rounding, "middle", done.middle) + (done.middle * ACTIVATION_ERROR).square()
+
+
+def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, rounding: Rounding) -> Tensor:
+    """Variance of one expert's output rows [rows, hidden], float64, from `middle_variance`."""
     squared = weights.down.float().square_()  # a variance is wanted to a percent: float32 halves the traffic
     row = (middle.float() @ squared.T).double() + accumulation_variance(done.middle, weights.down, done.row)
     return row + rounding_variance(rounding, "row", done.row)
+
+
+def independent_errors(middle: Tensor, hidden: int) -> float:
+    """How many independent errors the rows of one expert hold: the mean of z**2 over them varies like that of so many.
+
+    A row's `hidden` outputs mix n middle errors of unequal variance v, n = (sum v)**2 / sum v**2 (participation ratio);
+    the mean of their squares then has relative variance 2 / n + 2 / hidden.
+    """
+    total = middle.sum(-1)
+    share = middle.square().sum(-1) / total.square()  # 1 / n; NaN for a row without middle errors: only its own roundings
+    return float((1 / (share.nan_to_num(0.0) + 1 / hidden)).sum())
 
 
 def _partials(done: ExpertPass, activation: Activation) -> tuple[Tensor, Tensor]:

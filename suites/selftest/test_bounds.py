@@ -14,7 +14,14 @@ from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import expect, weight_source
 from reference.activation import ACTIVATIONS
-from reference.bounds import accumulation_variance, finalize_variance, rounding_variance, row_variance
+from reference.bounds import (
+    accumulation_variance,
+    finalize_variance,
+    independent_errors,
+    middle_variance,
+    rounding_variance,
+    row_variance,
+)
 from reference.experts import ExpertWeights, forward
 from reference.moe import moe
 from reference.rounding import Rounding
@@ -112,7 +119,8 @@ def test_variance_without_declared_roundings_is_that_of_fp32() -> None:
     weights, identity = ExpertWeights(gate, None, down), ACTIVATIONS["identity"]
     rounding = 2.0**-46 * 3 / (8 * math.log(2)) / 12 / 2
     wanted = 25 * (36 * rounding + 36 * 2.0**-44) + 900 * rounding
-    variance = row_variance(forward(x, weights, identity), weights, identity, Rounding())
+    done = forward(x, weights, identity)
+    variance = row_variance(done, weights, middle_variance(done, weights, identity, Rounding()), Rounding())
     assert variance.item() == pytest.approx(wanted, rel=1e-3, abs=0)
 
 
@@ -121,3 +129,12 @@ def test_row_variances_are_weighted_by_the_squared_routing_weight() -> None:
     weights = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
     variance = finalize_variance(rows, torch.tensor([[[4.0], [16.0]]], dtype=torch.float64), weights, Rounding())
     assert variance.item() == pytest.approx(2.0)
+
+
+def test_few_neurons_mean_few_independent_errors() -> None:
+    """2880 columns that mix 32 neurons hold 32 errors: a limit made for 2880 raised a false alarm on a right kernel."""
+    assert independent_errors(torch.ones(5, 32, dtype=torch.float64), 2880) == pytest.approx(5 / (1 / 32 + 1 / 2880))
+    lonely = torch.zeros(1, 32, dtype=torch.float64)
+    lonely[0, 3] = 1
+    assert independent_errors(lonely, 2880) == pytest.approx(1, rel=1e-3)
+    assert independent_errors(torch.zeros(1, 32, dtype=torch.float64), 2880) == pytest.approx(2880)
