@@ -56,10 +56,10 @@ def test_another_text_is_red() -> None:
         {"case_id": CASE.replace(".t2.", ".t12.")},
     ],
 )
-@pytest.mark.parametrize(("verdict", "as_before"), [(FAILS, Outcome.RED), (PASSES, Outcome.GREEN)])
-def test_what_it_does_not_name_is_untouched(verdict: Verdict, as_before: Outcome, change: dict[str, str]) -> None:
+@pytest.mark.parametrize(("before", "as_before"), [(FAILS, Outcome.RED), (PASSES, Outcome.GREEN)])
+def test_what_it_does_not_name_is_untouched(before: Verdict, as_before: Outcome, change: dict[str, str]) -> None:
     """Every axis has to match: any of them would excuse other recipes."""
-    assert judged(replace(verdict, **change)) is as_before
+    assert judged(replace(before, **change)) is as_before
 
 
 def test_every_listed_value_matches() -> None:

@@ -1,0 +1,258 @@
+"""A run can be killed at any moment: --resume finishes it, repeats nothing, loses nothing, and nobody survives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness import cli, journal, plan
+from harness.select import Item
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = int(os.environ.get("MOECHECK_KILLS", "3"))
+LIMIT_S = 120.0
+CASE = "moe.bf16.t33.h256.i128.e5.k2.renormalize.swiglu.standard.real.s0"
+SELECTION = ("--platform", "cpu", "--backend", "torch_grouped_mm", "--case", "moe.bf16.t1[67]*")
+HANGS = """
+import os, time
+from dataclasses import replace
+from harness.backends.torch_grouped_mm import BACKENDS as B
+def prepare(case, inputs):
+    open(os.path.join(os.path.dirname(__file__), "hanging"), "w").close()
+    while True:
+        time.sleep(60)
+BACKENDS = (replace(B[0], name="hangs", prepare=prepare),)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """`moecheck run` in its own process."""
+    command = [sys.executable, "-c", "from harness.cli import main; main()", "run", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
+    """True once the condition holds, False after `limit_s`."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def parents() -> dict[int, int]:
+    """pid -> parent of every process; zombies are dead."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Children, their children and so on, as of now."""
+    tree, found = parents(), {pid}
+    while more := {child for child, parent in tree.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def writers(folder: Path) -> set[int]:
+    """Processes that hold a file below `folder` open: a worker's stdout is its log."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link).startswith(f"{folder}/"):
+                found.add(int(link.parts[2]))
+    return found & set(parents())
+
+
+def killed(process: subprocess.Popen[str], folder: Path) -> set[int]:
+    """kill -9 of this one process; returns who is left of its family after some seconds."""
+    family = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    wait(lambda: not (family & set(parents())) | writers(folder), 10)
+    return (family & set(parents())) | writers(folder)
+
+
+def lines(folder: Path) -> int:
+    path = folder / journal.NAME
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was killed and resumed until it ended."""
+
+    folder: Path
+    code: int
+    interrupted: int
+    survivors: set[int]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Kills at random moments: some before the first verdict, some between, some in the middle of a line's case."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    survivors: set[int] = set()
+    process = start(*SELECTION, "--out", str(folder))
+    assert wait((folder / plan.NAME).exists)
+    for _ in range(KILLS):
+        target = lines(folder) + random.randint(0, 3)
+        wait(lambda: lines(folder) >= target or process.poll() is not None)  # noqa: B023 - called before the next turn
+        time.sleep(random.uniform(0, 0.05 if target > lines(folder) else 1.0))
+        survivors |= killed(process, folder)
+        process = start("--resume", str(folder))
+    interrupted = lines(folder)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode in (0, 1), output
+    return Finished(folder, process.returncode, interrupted, survivors)
+
+
+@pytest.fixture
+def resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """(exit code, stderr) of `moecheck run --resume ...` in this process."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["moecheck", "run", "--resume", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+def test_a_killed_run_ends_with_every_planned_case_exactly_once(finished: Finished) -> None:
+    """Counting lines would miss a case judged twice in place of one that was lost."""
+    recorded = Counter(Item(v.case_id, v.subject) for v in journal.read(finished.folder))
+    planned = json.loads((finished.folder / plan.NAME).read_text())["items"]
+    assert recorded == Counter(Item(**item) for item in planned)
+    assert finished.interrupted < len(planned), "every kill came too late to interrupt anything"
+
+
+def test_nobody_survives_a_killed_run(finished: Finished) -> None:
+    assert not finished.survivors
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Finished, resume: Callable[..., tuple[int, str]]) -> None:
+    """The exit code too: a resume that judges nothing must not turn a red run green."""
+    before = (finished.folder / journal.NAME).read_bytes()
+    assert resume(str(finished.folder))[0] == finished.code == 0
+    assert (finished.folder / journal.NAME).read_bytes() == before
+
+
+def test_a_finished_red_run_stays_red(finished: Finished, tmp_path: Path, resume: Callable[..., tuple[int, str]]) -> None:
+    folder = copied(finished, tmp_path)
+    text = (folder / journal.NAME).read_text()
+    (folder / journal.NAME).write_text(text.replace('"status": "PASSED"', '"status": "WRONG"', 1))
+    assert resume(str(folder))[0] == 1
+
+
+def test_a_hanging_kernel_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
+    """A child that waits for its next case notices the closed pipe; one inside a kernel never looks."""
+    process = hanging(tmp_path)
+    assert not killed(process, tmp_path / "out")
+
+
+def test_ctrl_c_is_incomplete_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """Exit code 1 would say that a kernel failed."""
+    process = hanging(tmp_path)
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2, output
+    assert re.search(r"1 of 1 cases have no verdict; continue with: moecheck run --resume .*out", output)
+    assert wait(lambda: not family & set(parents()), 10)
+
+
+def hanging(folder: Path) -> subprocess.Popen[str]:
+    """A run whose only case hangs in a kernel by now."""
+    (folder / "hangs.py").write_text(HANGS)
+    given = ("--platform", "cpu", "--plugin", str(folder / "hangs.py"), "--backend", "hangs", "--case", CASE)
+    process = start(*given, "--out", str(folder / "out"))
+    assert wait((folder / "hanging").exists)
+    return process
+
+
+def copied(run: Finished, folder: Path) -> Path:
+    return Path(shutil.copytree(run.folder, folder / "copy"))
+
+
+def forget_last(folder: Path) -> None:
+    """Take the last verdict out of the journal, so that there is something to resume."""
+    path = folder / journal.NAME
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def edited(name: str, old: str, new: str) -> Callable[[Path], object]:
+    """An edit of one file of a run folder."""
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "hint"),
+    [
+        (lambda folder: shutil.rmtree(folder), "not a moecheck plan"),
+        (lambda folder: (folder / plan.NAME).unlink(), "not a moecheck plan"),
+        (lambda folder: (folder / plan.NAME).write_text("{"), "not a moecheck plan"),
+        (lambda folder: (folder / plan.NAME).write_text("[]"), "not a moecheck plan"),
+        (edited(plan.NAME, '"schema": 1', '"schema": 2'), "reads 1"),
+        (edited(plan.NAME, ".t16.", ".t18."), "edited, start a new run"),
+        (edited(plan.NAME, '"platform": "cpu"', '"platform": "sm09"'), "platform 'sm09' is unknown"),
+        (edited(plan.NAME, '"subject"', '"sbject"'), "not a moecheck plan"),
+        (edited(journal.NAME, ".t16.", ".t18."), "1 verdicts that are not in its plan"),
+        (edited(journal.NAME, "{", ""), "journal.jsonl:1: not a verdict"),
+    ],
+)
+def test_a_folder_that_is_not_a_whole_run_is_refused(
+    finished: Finished, tmp_path: Path, resume: Callable[..., tuple[int, str]], damage: Callable[[Path], object], hint: str
+) -> None:
+    """One message, no traceback, and nothing written: it may be somebody else's folder."""
+    folder = copied(finished, tmp_path)
+    damage(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, err = resume(str(folder))
+    assert (code, "Traceback" in err or "harness/" in err) == (3, False), err
+    assert err.startswith("moecheck: ")
+    assert hint in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--platform", "cpu"),
+        ("--tier", "ci"),
+        ("--backend", "torch_grouped_mm"),
+        ("--op", "moe"),
+        ("--case", CASE),
+        ("--plugin", "x.py"),
+        ("--out", "x"),
+        ("--limit", "5"),
+    ],
+)
+def test_resume_takes_no_other_selection(
+    finished: Finished, resume: Callable[..., tuple[int, str]], more: tuple[str, str]
+) -> None:
+    """Ignored silently, the flag looks obeyed."""
+    code, err = resume(str(finished.folder), *more)
+    assert code == 3
+    assert "--resume continues the plan in its folder" in err
