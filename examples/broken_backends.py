@@ -110,9 +110,7 @@ def broken(defect: Callable[[Buffers], Tensor]) -> Backend:
     """A backend around one defective layer."""
 
     def prepare(case: Case, inputs: Inputs) -> Launch:
-        pairs = [inputs.gate_up(e) for e in range(case.shape.experts)]
-        w13 = torch.stack([torch.cat([q.codes for q in pair if q is not None]) for pair in pairs])
-        w2 = torch.stack([inputs.down(e).codes for e in range(case.shape.experts)])
+        w13, w2 = inputs.stacked()
         buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
         return Launch(lambda: defect(buffers), buffers)
 

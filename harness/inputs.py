@@ -78,6 +78,13 @@ class Inputs:
         live = min(1.0, budget * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
         return self._matrix(f"down.{expert}", (shape.hidden, shape.inter), rms, fills.Sparse(1.0, live, signed=True))
 
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when
+        not gated), and w2 [experts, hidden, inter]."""
+        experts = range(self.case.shape.experts)
+        w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
+        return w13, torch.stack([self.down(e).codes for e in experts])
+
     @property
     def _scaled(self) -> bool:
         return RULES[self.case.routing].scale.as_integer_ratio()[0] > 1

@@ -16,7 +16,7 @@ from reference.bounds import finalize_variance, independent_errors, middle_varia
 from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.format import Quantized
 from reference.formats import get
-from reference.moe import finalize, passes
+from reference.moe import Experts, finalize, passes
 from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
@@ -67,7 +67,7 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
     rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone())
     ideal = SATURATES if case.fill == "exact" else IDEAL
-    for _, mine, done, weights in passes(inputs.x, inputs.routing, weight_source(inputs), shape.experts, activation, ideal):
+    for _, mine, done, weights in passes(inputs.x, inputs.routing, layer_experts(inputs), ideal):
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
@@ -111,6 +111,11 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         impostors={name: wrong.cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
     )
+
+
+def layer_experts(inputs: Inputs) -> Experts:
+    """The case's experts as the reference takes them."""
+    return Experts(inputs.case.shape.experts, weight_source(inputs), ACTIVATIONS[inputs.case.activation])
 
 
 def weight_source(inputs: Inputs) -> Callable[[int], ExpertWeights]:

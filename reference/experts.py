@@ -13,11 +13,14 @@ from reference.rounding import IDEAL, Rounding
 @dataclass(frozen=True)
 class ExpertWeights:
     """Decoded weights of one expert, float64: gate and up [intermediate, hidden] (up None when not gated),
-    down [hidden, intermediate]."""
+    down [hidden, intermediate]; biases [intermediate] and [hidden], added in the accumulator, or None."""
 
     gate: Tensor
     up: Tensor | None
     down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,16 @@ class ExpertPass:
 
 def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding: Rounding = IDEAL) -> ExpertPass:
     """row = down @ act(gate @ x, up @ x), each intermediate passing through its rounding point."""
-    gate = rounding.at("gate_up", x @ weights.gate.T)
-    up = None if weights.up is None else rounding.at("gate_up", x @ weights.up.T)
+    gate = rounding.at("gate_up", linear(x, weights.gate, weights.gate_bias))
+    up = None if weights.up is None else rounding.at("gate_up", linear(x, weights.up, weights.up_bias))
     middle = rounding.at("activated", activation.scalar(gate))
     if up is not None:
         middle = middle * activation.linear(up)
     middle = rounding.at("middle", middle)
-    return ExpertPass(x, gate, up, middle, rounding.at("row", middle @ weights.down.T))
+    return ExpertPass(x, gate, up, middle, rounding.at("row", linear(middle, weights.down, weights.down_bias)))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in] @ weight [out, in].T, plus bias [out]."""
+    product = x @ weight.T
+    return product if bias is None else product + bias

@@ -6,6 +6,7 @@ y[t] = sum over k of weight[t, k] * down_e @ act(gate_e @ x[t], up_e @ x[t]),   
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,37 +17,53 @@ from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
-WeightSource = Callable[[int], ExpertWeights]  # decodes one expert's weights when asked, so memory stays linear in one
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer. `weights(e)` decodes one expert when asked, so memory stays linear in one.
+
+    shared: an expert every token passes with weight 1 (DeepSeek-V3, Llama-4); weight_on_input: the routing weight multiplies
+    x before GEMM 1 instead of the expert's output (Llama-4, apply_router_weight_on_input in vLLM).
+    """
+
+    count: int
+    weights: Callable[[int], ExpertWeights]
+    activation: Activation
+    shared: ExpertWeights | None = None
+    weight_on_input: bool = False
 
 
 def passes(
-    x: Tensor, routing: Routing, weights: WeightSource, experts: int, activation: Activation, rounding: Rounding = IDEAL
+    x: Tensor, routing: Routing, experts: Experts, rounding: Rounding = IDEAL
 ) -> Iterator[tuple[int, Tensor, ExpertPass, ExpertWeights]]:
     """(expert, slots, pass, weights) of every expert that received a token; slot = token * top_k + k."""
-    groups = dispatch(routing.ids, experts)
+    groups = dispatch(routing.ids, experts.count)
     top_k = routing.ids.shape[1]
     for expert in groups.offsets.diff().nonzero().flatten().tolist():
         slots = groups.slots(expert)
-        decoded = weights(expert)
-        yield expert, slots, forward(x[slots // top_k].double(), decoded, activation, rounding), decoded
+        rows = x[slots // top_k].double()
+        if experts.weight_on_input:
+            rows = rows * rounding.at("routing_weight", routing.weights.flatten()[slots, None])
+        decoded = experts.weights(expert)
+        yield expert, slots, forward(rows, decoded, experts.activation, rounding), decoded
 
 
-def finalize(rows: Tensor, weights: Tensor, rounding: Rounding = IDEAL) -> Tensor:
-    """Sum rows [tokens, top_k, hidden] with weights [tokens, top_k] in slot order; [tokens, hidden] float64."""
+def finalize(rows: Tensor, weights: Tensor, rounding: Rounding = IDEAL, shared: Tensor | None = None) -> Tensor:
+    """Sum rows [tokens, top_k, hidden] with weights [tokens, top_k] in slot order, then add `shared` [tokens, hidden]."""
     weights = rounding.at("routing_weight", weights)
     total = rows.new_zeros(rows.shape[0], rows.shape[2])
     for k in range(rows.shape[1]):
         weighted = rounding.at("weighted", rows[:, k] * weights[:, k, None])
         total = rounding.at("partial", total + weighted)
-    return rounding.at("out", total)
+    return rounding.at("out", total if shared is None else total + shared)
 
 
-def moe(
-    x: Tensor, routing: Routing, weights: WeightSource, experts: int, activation: Activation, rounding: Rounding = IDEAL
-) -> Tensor:
+def moe(x: Tensor, routing: Routing, experts: Experts, rounding: Rounding = IDEAL) -> Tensor:
     """The layer: x [tokens, hidden] in any float dtype -> [tokens, hidden] float64, as `rounding` says it is computed."""
     tokens, top_k = routing.ids.shape
     rows = torch.zeros(tokens * top_k, x.shape[1], dtype=torch.float64, device=x.device)
-    for _, slots, result, _ in passes(x, routing, weights, experts, activation, rounding):
+    for _, slots, result, _ in passes(x, routing, experts, rounding):
         rows[slots] = result.row
-    return finalize(rows.view(tokens, top_k, x.shape[1]), routing.weights, rounding)
+    weights = torch.ones_like(routing.weights) if experts.weight_on_input else routing.weights
+    shared = None if experts.shared is None else forward(x.double(), experts.shared, experts.activation, rounding).row
+    return finalize(rows.view(tokens, top_k, x.shape[1]), weights, rounding, shared)

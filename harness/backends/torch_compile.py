@@ -58,12 +58,9 @@ def compiled(activation: str, gated: bool) -> Callable[..., Tensor]:
 
 def prepare(case: Case, inputs: Inputs) -> Launch:
     """w13 [experts, 2 * inter, hidden] (gate rows first) and w2 [experts, hidden, inter] in the recipe's dtype."""
-    experts = range(case.shape.experts)
-    pairs = [inputs.gate_up(e) for e in experts]
-    w13 = torch.stack([torch.cat([q.codes for q in pair if q is not None]) for pair in pairs])
-    w2 = torch.stack([inputs.down(e).codes for e in experts])
+    w13, w2 = inputs.stacked()
     buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
-    function = compiled(case.activation, pairs[0][1] is not None)
+    function = compiled(case.activation, w13.shape[1] > w2.shape[2])
     return Launch(lambda: function(*buffers.values()), buffers)
 
 

@@ -42,12 +42,9 @@ def unaligned(case: Case) -> str | None:
 
 def prepare(case: Case, inputs: Inputs) -> Launch:
     """w13 [experts, hidden, 2 * inter] and w2 [experts, inter, hidden] as transposed views; tokens sorted by expert."""
-    experts = range(case.shape.experts)
-    pairs = [inputs.gate_up(e) for e in experts]
-    w13 = torch.stack([torch.cat([q.codes for q in pair if q is not None]) for pair in pairs])
-    w2 = torch.stack([inputs.down(e).codes for e in experts])
+    w13, w2 = inputs.stacked()
     buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
-    gated = pairs[0][1] is not None
+    gated = w13.shape[1] > w2.shape[2]
     return Launch(lambda: layer(buffers, case.activation, gated), buffers)
 
 

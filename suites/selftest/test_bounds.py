@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
-from harness.oracle import expect, weight_source
+from harness.oracle import expect, layer_experts
 from reference.activation import ACTIVATIONS
 from reference.bounds import (
     accumulation_variance,
@@ -57,7 +57,7 @@ def z_scores(activation: str, rounding: Rounding) -> Tensor:
     """(a kernel that rounds as declared - the ideal value) / predicted sigma."""
     inputs = inputs_of(activation)
     expected = expect(inputs.case, inputs, rounding)
-    rounded = moe(inputs.x, inputs.routing, weight_source(inputs), 8, ACTIVATIONS[activation], rounding)
+    rounded = moe(inputs.x, inputs.routing, layer_experts(inputs), rounding)
     return (rounded - expected.value) / expected.sigma
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
-from harness.oracle import expect, weight_source
+from harness.oracle import expect, layer_experts
 from reference.activation import ACTIVATIONS, SATURATED
 from reference.format import Quantized
 from reference.formats import all_formats, get
@@ -111,9 +111,8 @@ def test_a_variant_draws_another_x_only() -> None:
 def test_real_fills_have_the_promised_magnitudes(weights: str) -> None:
     """Below a gate std of 1, silu(g) * u is nearly g * u / 2 and a swap of gate and up goes unseen."""
     inputs = make_inputs(case(f"moe.{weights}.t64.h1024.i256.e8.k2.renormalize.swiglu.standard.real.s0"))
-    source, swiglu = weight_source(inputs), ACTIVATIONS["swiglu"]
-    gate = torch.cat([done.gate for _, _, done, _ in passes(inputs.x, inputs.routing, source, 8, swiglu)])
-    output = moe(inputs.x, inputs.routing, source, 8, swiglu)
+    gate = torch.cat([done.gate for _, _, done, _ in passes(inputs.x, inputs.routing, layer_experts(inputs))])
+    output = moe(inputs.x, inputs.routing, layer_experts(inputs))
     assert 1 < float(gate.std()) < 3
     assert 0.3 < float(output.square().mean().sqrt()) < 6
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reference.activation import ACTIVATIONS, Activation
 from reference.experts import ExpertWeights, forward
-from reference.moe import finalize, moe, passes
+from reference.moe import Experts, finalize, moe, passes
 from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
@@ -32,7 +32,7 @@ class Layer:
         return ExpertWeights(self.gate[expert], self.up[expert] if self.gated else None, self.down[expert])
 
     def run(self, activation: Activation, rounding: Rounding = IDEAL) -> Tensor:
-        return moe(self.x, self.routing, self.weights, len(self.gate), activation, rounding)
+        return moe(self.x, self.routing, Experts(len(self.gate), self.weights, activation), rounding)
 
 
 def layer(tokens: int = 9, gated: bool = True) -> Layer:
@@ -79,7 +79,7 @@ def test_one_token_is_routed_like_any_other() -> None:
 def test_experts_without_tokens_are_never_decoded() -> None:
     """Decoding all of 384 experts for one token would make the oracle useless."""
     made = layer(tokens=1)
-    seen = [expert for expert, *_ in passes(made.x, made.routing, made.weights, 5, ACTIVATIONS["swiglu"])]
+    seen = [expert for expert, *_ in passes(made.x, made.routing, Experts(5, made.weights, ACTIVATIONS["swiglu"]))]
     assert seen == sorted(made.routing.ids[0].tolist())
 
 
