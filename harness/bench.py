@@ -16,17 +16,23 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
 from harness.inputs import make_inputs
 from harness.journal import Journal
-from harness.oracle import expect
+from harness.oracle import expect, weight_source
 from harness.pipeline import run
 from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
+from reference.activation import ACTIVATIONS
+from reference.experts import ExpertWeights
+from reference.formats import get
+from reference.moe import Experts, moe
 from reference.rounding import Rounding
+from reference.routing import Routing
 
 CASES = 300
 CRASHES = 10
@@ -99,7 +105,67 @@ def production() -> None:
     )
 
 
+def reference_layer() -> None:
+    """The float64 layer, expert by expert, against a loop over tokens and slots, on the same decoded weights."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    case = Case.parse("moe.bf16.t512.h2048.i1024.e64.k8.renormalize.swiglu.standard.real.s0")
+    inputs = make_inputs(case)
+    source = weight_source(inputs)
+    decoded = [source(e) for e in range(case.shape.experts)]
+    experts = Experts(case.shape.experts, decoded.__getitem__, ACTIVATIONS[case.activation])
+    ours = min(timed(lambda: moe(inputs.x, inputs.routing, experts)) for _ in range(3))
+    tokens = 32  # of 512: the loop is linear in tokens
+    loop = timed(lambda: token_loop(inputs.x[:tokens].double(), inputs.routing, experts)) * case.shape.tokens / tokens
+    console.print(f"reference: {case.id}: {ours:.2f} s, a loop over tokens {loop:.1f} s, {loop / ours:.0f} times as long")
+
+
+def token_loop(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """The layer one token and one slot at a time."""
+    out = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        for e, weight in zip(routing.ids[t].tolist(), routing.weights[t], strict=True):
+            w = experts.weights(e)
+            assert w.up is not None
+            out[t] += weight * (w.down @ experts.activation.combine(w.gate @ x[t], w.up @ x[t]))
+    return out
+
+
+def device_layer() -> None:
+    """On a GPU: the float64 layer's share of the float64 matmul rate measured in the same run."""
+    if not torch.cuda.is_available():
+        console.print("device: no GPU here, the float64 rate of a GPU was not measured")
+        return
+    case = Case.parse("moe.mxfp4.t4096.h7168.i2048.e32.k8.renormalize.swiglu.standard.real.s0")
+    inputs = make_inputs(case, "cuda")
+    a = torch.randn(8192, 8192, dtype=torch.float64, device="cuda")
+    matmul = min(synchronized(lambda: a @ a) for _ in range(5))
+    rate = 2 * 8192**3 / matmul / 1e12
+    drawn = [(inputs.gate_up(e), inputs.down(e)) for e in range(case.shape.experts)]
+    fmt = get(case.recipe.weights)
+
+    def decode(e: int) -> ExpertWeights:
+        (gate, up), down = drawn[e]
+        assert up is not None
+        return ExpertWeights(fmt.decode(gate), fmt.decode(up), fmt.decode(down))
+
+    experts = Experts(case.shape.experts, decode, ACTIVATIONS[case.activation])
+    seconds = min(synchronized(lambda: moe(inputs.x, inputs.routing, experts)) for _ in range(3))
+    flops = 2 * 3 * case.shape.tokens * case.shape.top_k * case.shape.hidden * case.shape.inter / seconds / 1e12
+    console.print(f"device: {case.id}: {flops:.1f} TFLOP/s in float64 of {rate:.1f} measured, {flops / rate:.2f} of it")
+
+
+def synchronized(call: Callable[[], object]) -> float:
+    """Seconds of one call on the GPU."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 if __name__ == "__main__":
+    device_layer()
+    reference_layer()
     production()
     isolation()
     replacement()
