@@ -128,7 +128,7 @@ class Production(Strict):
 
 
 class ProductionRow(Strict):
-    """One production case of a tier: a model's layer at one tensor-parallel size."""
+    """One production case of a tier: a model's layer at one tensor-parallel size; for all backends, or the named ones."""
 
     model: str
     tokens: tuple[Size, ...]
@@ -136,6 +136,7 @@ class ProductionRow(Strict):
     recipe: tuple[RecipeText, ...]
     fill: tuple[str, ...] = ("real",)
     experts: int | None = None
+    backends: tuple[str, ...] = ()
     why: Source
 
 

@@ -137,6 +137,8 @@ def platform_axes(platform: config.Platform, tier: config.Tier, backend: str) ->
 def _production(platform: str, tier: config.Tier, backend: Backend, device: Device, root: Path) -> list[Case]:
     cases = []
     for row in tier.production.get(platform, ()):
+        if row.backends and backend.name not in row.backends:
+            continue
         model = config.production(row.model, root)
         experts = row.experts or model.experts
         for tokens, recipe, fill in ((t, r, f) for t in row.tokens for r in row.recipe for f in row.fill):
