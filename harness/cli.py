@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness import __version__, config, plan
@@ -37,18 +39,26 @@ app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
+
+def _absolute(paths: list[str] | None) -> list[str]:
+    """Plans and rerun lines must work from any folder."""
+    return [str(Path(path).absolute()) for path in paths or ()]
+
+
 Platform = Annotated[str | None, typer.Option(help="Platform file under configs/platforms; default: this machine's.")]
-TierName = Annotated[str, typer.Option("--tier", help="Tier file under configs/tiers.")]
+TierName = Annotated[str | None, typer.Option("--tier", help="Tier file under configs/tiers.")]
 Backends = Annotated[list[str] | None, typer.Option("--backend", "-b", help="Backend to judge; repeatable.")]
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Operation to judge; repeatable.")]
 Cases = Annotated[list[str] | None, typer.Option("--case", "-c", help="Case id, or a pattern with *; repeatable.")]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="Python file that defines BACKENDS; repeatable.")]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", callback=_absolute, help="Python file that defines BACKENDS; repeatable.")
+]
 
 
 @app.command()
 def run(  # noqa: PLR0913 - typer turns parameters into options
     platform: Platform = None,
-    tier: TierName = "smoke",
+    tier: TierName = None,
     backend: Backends = None,
     op: Ops = None,
     case: Cases = None,
@@ -60,7 +70,7 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
 ) -> None:
     """Judge every planned case and print the table."""
     if resume is not None:
-        if any((platform, backend, op, case, plugin, out_dir, limit)):
+        if any((platform, tier, backend, op, case, plugin, out_dir, limit)):
             raise MoecheckError("--resume continues the plan in its folder; it takes no other selection")
         folder, the_plan = resume, plan.load(resume)
     else:
@@ -73,7 +83,7 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
 @app.command("list")
 def list_(
     platform: Platform = None,
-    tier: TierName = "smoke",
+    tier: TierName = None,
     backend: Backends = None,
     op: Ops = None,
     case: Cases = None,
@@ -82,7 +92,7 @@ def list_(
     """Print the plan: subject and case id, one per line."""
     the_plan = _plan(_request(platform, tier, backend, op, case, plugin), here=False)
     for item in the_plan.items:
-        out.print(f"{item.subject}  {item.case_id}")
+        out.print(f"{item.subject}  {item.case_id}", markup=False)
     counts = Counter(item.subject for item in the_plan.items)
     err.print(f"{len(the_plan.items)} cases: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 
@@ -135,14 +145,14 @@ def _backend_table(found: dict[str, Backend], plugins: tuple[str, ...]) -> Table
             if support.ok and backend.archs and detect().arch not in backend.archs:
                 support = type(support).no("arch", f"needs {' or '.join(backend.archs)}")
             here = "[green]yes[/green]" if support.ok else "[yellow]no[/yellow]"
-            table.add_row(name, here, ", ".join(backend.recipes), backend.summary if support.ok else support.reason)
+            table.add_row(name, here, ", ".join(backend.recipes), escape(backend.summary if support.ok else support.reason))
     return table
 
 
-def _request(platform: str | None, tier: str, *filters: list[str] | None, limit_s: float | None = None) -> Request:
+def _request(platform: str | None, tier: str | None, *filters: list[str] | None, limit_s: float | None = None) -> Request:
     """`filters`: backends, ops, cases, plugins."""
     backends, ops, cases, plugins = (tuple(x or ()) for x in filters)
-    return Request(platform or detected_platform(), tier, backends, ops, cases, plugins, limit_s)
+    return Request(platform or detected_platform(), tier or "smoke", backends, ops, cases, plugins, limit_s)
 
 
 def _plan(request: Request, here: bool = True) -> Plan:
@@ -167,4 +177,7 @@ def main() -> NoReturn:
     except Incomplete as stopped:
         err.print(f"moecheck: {stopped}", style="yellow", markup=False)
         code = INCOMPLETE
+    except Exception:  # Python's own exit code would be 1: a kernel failed
+        err.print(traceback.format_exc(), style="red", markup=False)
+        code = USER_ERROR
     sys.exit(code)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.case import ACTIVATION_FORMATS, FILLS, SKEWS, Recipe
+from harness.case import ACTIVATION_FORMATS, AXES, FILLS, SKEWS, Recipe
 from harness.errors import ConfigError, MoecheckError, UnknownName
 from harness.known import KnownIssue
 from harness.verdict import Status
@@ -80,12 +80,15 @@ class Axes(Strict):
     fill: tuple[str, ...] | None = None
     skew: tuple[str, ...] | None = None
 
-    def model_post_init(self, context: Any) -> None:
+    @field_validator("routing", "activation", "fill", "skew")
+    @classmethod
+    def known(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         """Names must be known; the error lists near ones."""
-        for axis, known in NAMES.items():
-            for name in getattr(self, axis, None) or ():
-                if name not in known:
-                    raise ValueError(str(UnknownName(axis, name, known)))
+        axis = str(info.field_name)
+        for name in names or ():
+            if name not in NAMES[axis]:
+                raise ValueError(str(UnknownName(axis, name, NAMES[axis])))
+        return names
 
     def levels(self) -> dict[str, list[int | str]]:
         """Axis name -> values, of the axes that are given."""
@@ -159,6 +162,15 @@ class _Issue(Strict):
     match: dict[str, tuple[int | str, ...]] = Field(min_length=1)
     status: Status
     text: str = Field(min_length=4)
+
+    @field_validator("match")
+    @classmethod
+    def known(cls, match: dict[str, tuple[int | str, ...]]) -> dict[str, tuple[int | str, ...]]:
+        """A misspelt axis would match nothing and excuse nothing, silently."""
+        for name in match:
+            if name not in AXES:
+                raise ValueError(str(UnknownName("axis", name, AXES)))
+        return match
 
 
 class _Issues(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -18,18 +19,30 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        verdicts, whole = _parse(self.path)
-        if self.path.exists() and self.path.stat().st_size > whole:
-            os.truncate(self.path, whole)  # a line torn by a kill: its case was never recorded
-        self.done = {Item(v.case_id, v.subject) for v in verdicts}
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self.done = self._lock_and_read()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _lock_and_read(self) -> set[Item]:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(f"{self.path}: in use by another moecheck; wait for it or stop it") from error
+        verdicts, whole = _parse(self.path)
+        if self.path.stat().st_size > whole:
+            os.truncate(self.path, whole)  # a line torn by a kill: its case was never recorded
+        return {Item(v.case_id, v.subject) for v in verdicts}
 
     def append(self, verdict: Verdict) -> None:
         """Write and fsync one verdict; a case already recorded is our bug, not another line."""
         item = Item(verdict.case_id, verdict.subject)
         assert item not in self.done, f"{item} is already in {self.path}"
-        line = json.dumps(verdict.to_json(), allow_nan=False) + "\n"
-        os.write(self._descriptor, line.encode())
+        line = (json.dumps(verdict.to_json(), allow_nan=False) + "\n").encode()
+        while line:  # a write may be short
+            line = line[os.write(self._descriptor, line) :]
         os.fsync(self._descriptor)
         self.done.add(item)
 
@@ -53,6 +66,6 @@ def _parse(path: Path) -> tuple[list[Verdict], int]:
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
             verdicts.append(Verdict.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{path}:{number}: not a verdict: {type(error).__name__}: {error}") from error
     return verdicts, whole

@@ -52,7 +52,9 @@ class Plan:
         data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "request": asdict(self.request)}
         lines = [json.dumps(asdict(item)) for item in self.items]
         text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        (folder / NAME).write_text(text)
+        temporary = folder / f".{NAME}"
+        temporary.write_text(text)
+        temporary.replace(folder / NAME)  # whole or not there: a kill must not leave half a plan
 
 
 def load(folder: Path) -> Plan:
@@ -77,12 +79,11 @@ def make(request: Request, backends: Mapping[str, Backend], device: Device, root
     planned for the backends that take it, or for the named ones whatever they say."""
     tier = config.tier(request.tier, root)
     chosen = _chosen(request.backends, backends)
-    if request.cases and not any("*" in case for case in request.cases):
-        cases = [Case.parse(case) for case in request.cases]
-        named = bool(request.backends)
-        items = [Item(c.id, b.name) for c in cases for b in chosen if named or b.supports(c, device).ok]
-    else:
-        items = _planned(request, chosen, tier, device, root)
+    cases = [Case.parse(case) for case in request.cases if "*" not in case]
+    named = bool(request.backends)
+    items = [Item(c.id, b.name) for c in cases for b in chosen if named or b.supports(c, device).ok]
+    if len(cases) < len(request.cases) or not cases:
+        items += _planned(request, chosen, tier, device, root)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")

@@ -18,6 +18,7 @@ from harness.session import Session, detected_platform, device_of
 from harness.verdict import Verdict
 
 _SESSION = pytest.StashKey[Session]()
+_ERROR = pytest.StashKey[MoecheckError]()
 USER_ERROR = 3  # DESIGN section 7: our or the user's fault
 REFUSED_DIST = ("loadscope", "loadfile", "loadgroup")  # pytest-xdist 3.8 loses tests after a crash in these modes (#1371)
 
@@ -51,7 +52,7 @@ def _make_session(config: pytest.Config) -> Session:
         backends=tuple(option("--backend")),
         ops=tuple(option("--op")),
         cases=tuple(option("--case")),
-        plugins=tuple(option("--plugin")),
+        plugins=tuple(str(Path(p).absolute()) for p in option("--plugin")),
     )
     made = plan.make(request, discover(request.plugins), device_of(request.platform))
     return Session(made, None)
@@ -60,19 +61,26 @@ def _make_session(config: pytest.Config) -> Session:
 def session_of(config: pytest.Config) -> Session:
     """The session of this pytest run, made when the first test wants it."""
     if _SESSION not in config.stash:
-        try:
-            config.stash[_SESSION] = _make_session(config)
-        except MoecheckError as error:
-            pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
+        config.stash[_SESSION] = _make_session(config)
     return config.stash[_SESSION]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per planned item."""
     if "verdict" in metafunc.fixturenames:
-        items = session_of(metafunc.config).todo
+        items: list[Item] = []
+        try:
+            items = session_of(metafunc.config).todo
+        except MoecheckError as error:  # pytest.exit here would be a collection error with a traceback and exit code 2
+            metafunc.config.stash[_ERROR] = error
         ids = [f"{item.subject}:{item.case_id}" for item in items]
         metafunc.parametrize("verdict", items, ids=ids, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """End pytest where the plan could not be made."""
+    if _ERROR in config.stash:
+        pytest.exit(f"moecheck: {config.stash[_ERROR]}", returncode=USER_ERROR)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

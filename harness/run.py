@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness import journal
+from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
 from harness.plan import Plan
 from harness.report import junit
@@ -33,6 +34,7 @@ class _Watcher:
 
     def __init__(self, total: int, done: int, console: Console, verbose: bool) -> None:
         self.errors: list[str] = []
+        self.stopped = ""
         self._console, self._verbose, self._started, self._count = console, verbose, 0.0, 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -57,6 +59,10 @@ class _Watcher:
         if report.failed and report.when != "call":  # a red verdict fails the call; anything else is ours
             self.errors.append(report.longreprtext)
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        if isinstance(excinfo.value, pytest.exit.Exception):
+            self.stopped = str(excinfo.value.msg).removeprefix("moecheck: ")
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.errors.append(report.longreprtext)
@@ -67,7 +73,10 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool)
     done = len(journal.read(folder))
     watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
     arguments = [str(SUITES / "layer"), "--run-dir", str(folder), "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
+    arguments += ["--assert=plain", "--maxfail=0"]  # nothing to rewrite; PYTEST_ADDOPTS=-x must not end the run
     code = pytest.main(arguments, plugins=[watcher])
+    if watcher.stopped:
+        raise MoecheckError(watcher.stopped)
     verdicts = journal.read(folder)
     junit.write(folder / "junit.xml", plan.items, verdicts)
     _report(verdicts, folder, out)
@@ -94,7 +103,7 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
     for verdict in groups[Outcome.RED][:SHOWN_FAILURES]:
         out.print(explain(verdict), markup=False)
     if len(groups[Outcome.RED]) > SHOWN_FAILURES:
-        out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}")
+        out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}", markup=False)
     width = shutil.get_terminal_size((140, 40)).columns
     table = Console(width=width, highlight=False, file=out.file, force_terminal=out.is_terminal)
     table.print(summary(verdicts, _versions(verdicts)))
@@ -104,7 +113,8 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
     red, total = len(groups[Outcome.RED]) + len(groups[Outcome.GONE]), len(verdicts)
     green, known = len(groups[Outcome.GREEN]), len(groups[Outcome.KNOWN])
     out.print(
-        f"{total} verdicts: {green} passed, {red} failed, {known} known, {len(groups[Outcome.SKIPPED])} skipped; {folder}"
+        f"{total} verdicts: {green} passed, {red} failed, {known} known, {len(groups[Outcome.SKIPPED])} skipped; {folder}",
+        markup=False,
     )
 
 

@@ -90,11 +90,11 @@ def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength
     """
     names = sorted(name for name, values in axes.items() if len(values) > 1)
     limits = tuple(limits)
+    constants = {n: values[0] for n, values in axes.items() if len(values) == 1}
     seen = {_combination(case.axes, group) for case in rows for group in itertools.combinations(names, strength)}
     possible = 0
     for group in itertools.combinations(names, strength):
-        relevant = [limit for limit in limits if set(limit.axes) <= {*group, *(n for n in axes if len(axes[n]) == 1)}]
-        constants = {n: axes[n][0] for n in axes if len(axes[n]) == 1}
+        relevant = [limit for limit in limits if set(limit.axes) & set(names) <= set(group)]  # the rest is constant
         for values in itertools.product(*(axes[name] for name in group)):
             possible += _allowed({**constants, **dict(zip(group, values, strict=True))}, relevant)
     return len(seen), possible

@@ -130,7 +130,8 @@ class Verdict:
     def rerun(self) -> str:
         """The shell line that judges this case again."""
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
-        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}"
+        platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
+        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""

@@ -81,7 +81,7 @@ def exit_code(function: Callable[[], None]) -> int | None:
 def report(expected: str, got: str, defect: bool) -> None:
     """Print both and end the script."""
     verdict = "defect present" if defect else "defect gone"
-    print(f"onnxruntime {onnxruntime.__version__}\nexpected: {expected}\ngot:      {got}\n{verdict}")  # noqa: T201
+    print(f"onnxruntime {onnxruntime.__version__}\nexpected: {expected}\ngot:      {got}\n{verdict}")
     sys.exit(int(defect))
 
 
@@ -90,5 +90,5 @@ def main(check: Callable[[], None]) -> None:
     try:
         check()
     except REFUSALS as refusal:
-        print(f"onnxruntime {onnxruntime.__version__} cannot run this at all: {str(refusal)[:200]}")  # noqa: T201
+        print(f"onnxruntime {onnxruntime.__version__} cannot run this at all: {str(refusal)[:200]}")
         sys.exit(2)

@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Triton's interpreter cuts fp32 off to bf16 where a GPU rounds to nearest even. Exit 1 when it does, 0 when it rounds."""
 
 import os

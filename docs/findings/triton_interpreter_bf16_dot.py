@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Triton's interpreter multiplies the bit patterns of bf16 operands in tl.dot. Exit 1 when it does, 0 when it is right."""
 
 import os

@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Casts between float8_e4m3fn and wider floats in Triton's interpreter, all codes. Exit 1 when one is wrong, 0 when none is."""
 
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -93,5 +94,7 @@ def _check_names(origin: str, backend: Backend) -> None:
                     raise UnknownName(kind, name, known)
     except MoecheckError as error:
         raise PluginError(f"{origin}: backend {backend.name}: {error}") from error
+    if not re.fullmatch(r"[A-Za-z]\w*", backend.name, re.ASCII):
+        raise PluginError(f"{origin}: backend name {backend.name!r} must be letters, digits and _: it is typed in commands")
     if not backend.recipes or not backend.activations:
         raise PluginError(f"{origin}: backend {backend.name}: takes no recipe or no activation; it could never run")

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main(pipe: Connection, setup: Setup) -> None:
 
 def _die_with_parent() -> None:
     """The fork server exits with the supervisor; without this a hung child would outlive both."""
+    # every child gets a copy of the descriptor whose closing ends the fork server: a hung child would keep both alive
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
 

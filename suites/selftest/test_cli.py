@@ -74,7 +74,7 @@ def rerun(answer: Answer) -> str:
         (("--case", CASE, "--case", "moe.bf16.t33.*", "--case", "moe.typo", *GOOD[:2]), ["moe.typo", "does not parse"]),
         (("--bakend", "torch_grouped_mm"), ["No such option", "--backend"]),
         (("--limit", "0"), ["--limit", "0.1"]),
-        (("--limit", "soon"), ["--limit", "soon"]),
+        (("--limit", "soon"), ["--limit", "valid"]),
         (("stray",), ["stray"]),
     ],
 )

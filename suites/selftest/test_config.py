@@ -76,3 +76,10 @@ def _line(message: str) -> int:
 def test_an_unknown_platform_suggests_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean sm90"):
         config.platform("sm09")
+
+
+def test_a_misspelt_axis_of_a_known_issue_is_refused(tmp_path: Path) -> None:
+    text = (config.ROOT / "known_issues.yaml").read_text()
+    (tmp_path / "known_issues.yaml").write_text(text.replace("tokens:", "token:"))
+    with pytest.raises(ConfigError, match="tokens"):
+        config.known_issues(tmp_path)
