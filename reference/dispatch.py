@@ -1,4 +1,4 @@
-"""Tokens to expert order and back: stable sort by expert, offsets, aligned blocks, finalize."""
+"""Tokens to expert order and back: stable sort by expert, offsets, aligned blocks, the numbering of slots."""
 
 from __future__ import annotations
 
@@ -43,3 +43,24 @@ def align_blocks(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]
         slots += [mine, padding]
         owners += [expert] * ((len(mine) + len(padding)) // block)
     return torch.cat(slots), torch.tensor(owners, dtype=torch.int64, device=ids.device)
+
+
+def to_k_major(slots: Tensor, tokens: int, top_k: int) -> Tensor:
+    """token * top_k + k (trtllm, triton_kernels, vLLM) -> k * tokens + token (the expanded index of CUTLASS)."""
+    return slots % top_k * tokens + slots // top_k
+
+
+def to_token_major(slots: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Inverse of `to_k_major`."""
+    return slots % tokens * top_k + slots // tokens
+
+
+def permuted_maps(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
+    """(expanded -> permuted row [slots], permuted row -> token [rows]) of ids [tokens, top_k] that are local or -1: each
+    expert's rows padded to whole tiles. -1 for remote slots and for padding rows. trtllm-gen's order within an expert is
+    that of its atomics, ours is ascending."""
+    slots, _ = align_blocks(ids, experts, tile)
+    real = slots < ids.numel()
+    permuted = torch.full((ids.numel(),), -1, dtype=torch.int64, device=ids.device)
+    permuted[slots[real]] = torch.arange(len(slots), device=ids.device)[real]
+    return permuted, torch.where(real, slots // max(1, ids.shape[1]), -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reference.layout import REST, Tiling, tiled
+
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """[..., columns] 4-bit codes -> [..., columns / 2] uint8, even column in the low nibble; columns must be even."""
@@ -17,3 +19,6 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Inverse of `pack_nibbles`."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+LAYOUTS = (tiled("linear", Tiling(((REST,), (REST,)), (0, 1), (1, 1)), "row-major; FlashInfer SfLayout.layout_linear"),)

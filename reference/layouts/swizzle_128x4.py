@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reference.layout import Layout
+
 ROWS, COLUMNS = 128, 4  # one tile
 
 
@@ -33,3 +35,14 @@ def unswizzle(flat: Tensor, rows: int, columns: int) -> Tensor:
         raise ValueError(f"[{rows}, {columns}] scales swizzle to {padded_rows * padded_columns} bytes, got {flat.numel()}")
     tiles = flat.view(padded_rows // ROWS, padded_columns // COLUMNS, 32, 4, COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns)[:rows, :columns]
+
+
+LAYOUTS = (
+    Layout(
+        name="swizzle_128x4",
+        packer=swizzle,
+        unpacker=lambda flat, shape: unswizzle(flat, shape[0], shape[1]),
+        padding=lambda shape: padded_shape(shape[0], shape[1]),
+        source='cuBLAS "1D block scaling factors layout"; FlashInfer SfLayout.layout_128x4, block_scale_interleave',
+    ),
+)

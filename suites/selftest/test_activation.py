@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reference.activation import ACTIVATIONS, HALF_ORDERS, SATURATED, Activation, join_halves, split_halves
+from reference.activation import (
+    ACTIVATIONS,
+    HALF_ORDERS,
+    LIBRARY_ORDERS,
+    SATURATED,
+    Activation,
+    clamped_relu2,
+    join_halves,
+    oai_gate,
+    oai_up,
+    situ,
+    split_halves,
+    swiglu_bias,
+    swiglu_step,
+)
 
 GATE = torch.tensor([-10, -1, 0, 1, 7, 10], dtype=torch.float64)
 UP = torch.tensor([8, 2, 1, -8, 3, -1], dtype=torch.float64)
@@ -13,6 +27,11 @@ VALUES = {
     "swiglu": [-0.003632, -0.537883, 0, -5.848469, 20.980869, -9.999546],
     "swiglu_oai": [-3.2464e-6, -0.462613, 0, -5.074775, 27.999813, 0],
     "geglu": [0, -0.317311, 0, -6.730758, 21, -10],
+    "swiglu_step": [-0.003178, -0.537883, 0, -5.117410, 20.980869, -7],
+    "geglu_tanh": [0, -0.317616, 0, -6.729536, 21, -10],
+    "situ": [-0.001386, -0.525829, 0, -5.541718, 11.232351, -3.944174],
+    "relu2": [0, 0, 0, 1, 49, 100],
+    "clamped_relu2": [0, 0, 0, 0.986552, 28.421257, 38.932786],
     "silu": [-0.000454, -0.268941, 0, 0.731059, 6.993623, 9.999546],
     "relu": [0, 0, 0, 1, 7, 10],
     "gelu": [0, -0.158655, 0, 0.841345, 7, 10],
@@ -55,8 +74,108 @@ def test_float64_stays_float64(activation: Activation) -> None:
     assert activation.combine(GATE, UP).dtype == torch.float64
 
 
-def test_names_are_keys() -> None:
+def test_names_are_keys_and_every_value_is_checked() -> None:
     assert all(activation.name == name for name, activation in ACTIVATIONS.items())
+    assert set(VALUES) == set(ACTIVATIONS)
+
+
+GATED = {"swiglu", "swiglu_oai", "swiglu_step", "geglu", "geglu_tanh", "situ"}
+
+
+def test_the_gated_ones_are_those_of_the_library() -> None:
+    assert {name for name, activation in ACTIVATIONS.items() if activation.gated} == GATED
+
+
+WIDE = torch.linspace(-40, 40, 4001, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("made", "limit_of"),
+    [
+        (swiglu_bias("defaults"), "swiglu"),
+        (swiglu_bias("oai", 1.702, 1.0, 7.0), "swiglu_oai"),
+        (swiglu_step("no limit", torch.inf), "swiglu"),
+        (swiglu_step("default"), "swiglu_step"),
+        (situ("wide", 1e9, torch.inf), "swiglu"),
+        (situ("default", 4.0, 25.0), "situ"),
+        (clamped_relu2("wide", 1e9), "relu2"),
+    ],
+)
+def test_families_meet_their_neighbours_at_their_defaults_and_limits(made: Activation, limit_of: str) -> None:
+    other = ACTIVATIONS[limit_of]
+    up = WIDE.flip(0) if other.gated else None
+    assert torch.allclose(made.combine(WIDE, up), other.combine(WIDE, up), rtol=1e-6, atol=1e-12)
+    assert made.gated == other.gated
+
+
+def test_parameters_are_recorded_as_given() -> None:
+    assert ACTIVATIONS["swiglu_oai"].parameters == {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
+    assert ACTIVATIONS["swiglu_step"].parameters == {"limit": 7.0}
+    assert ACTIVATIONS["situ"].parameters == {"beta": 4.0, "linear_beta": 25.0, "limit": torch.inf}
+    assert ACTIVATIONS["clamped_relu2"].parameters == {"limit": 7.0}
+    assert swiglu_bias("a", alpha=2.0, beta=0.5, limit=3.0).parameters == {"alpha": 2.0, "beta": 0.5, "limit": 3.0}
+    assert (oai_gate, oai_up) == (ACTIVATIONS["swiglu_oai"].scalar, ACTIVATIONS["swiglu_oai"].linear)
+
+
+@pytest.mark.parametrize(
+    ("made", "exact"),
+    [
+        (swiglu_bias("a"), True),
+        (swiglu_bias("a", alpha=1.702), True),
+        (swiglu_bias("a", alpha=0.5), False),
+        (swiglu_bias("a", beta=1.0), False),
+        (swiglu_bias("a", limit=7.0), False),
+        (swiglu_step("a", torch.inf), True),
+        (swiglu_step("a", 7.0), False),
+        (situ("a"), False),
+    ],
+)
+def test_a_family_member_says_whether_it_saturates_to_the_identity(made: Activation, exact: bool) -> None:
+    assert made.exact is exact
+    gate = torch.tensor([0.0, SATURATED, 4 * SATURATED])
+    assert not exact or (torch.equal(made.scalar(gate), gate) and torch.equal(made.linear(gate), gate))
+
+
+@pytest.mark.parametrize(
+    ("made", "gate", "up", "wanted"),
+    [
+        (swiglu_bias("a", alpha=2.0, beta=0.5, limit=3.0), 5.0, -9.0, 3 * 0.9975274 * -2.5),
+        (swiglu_bias("a", alpha=2.0, beta=0.5, limit=3.0), -5.0, 9.0, -5 * 4.5397869e-5 * 3.5),
+        (swiglu_step("a", 3.0), 5.0, -9.0, 3.0 * -3.0),
+        (swiglu_step("a", 3.0), 3.05, 1.0, 2.9120768),
+        (situ("a", 1.0, 1.0, 2.0), 5.0, -9.0, 0.9640276 * 0.8807971 * -0.9640276),
+        (situ("a", 1.0, 1.0, 2.0), -5.0, 9.0, -0.9999092 * 0.0066929 * 0.9640276),
+        (situ("a", 2.0, torch.inf), 1.0, 50.0, 2 * 0.4621172 * 0.7310586 * 50),
+        (clamped_relu2("a", 2.0), 3.0, None, (2 * 0.9051483) ** 2),
+    ],
+)
+def test_parameters_act_where_the_formula_says(made: Activation, gate: float, up: float | None, wanted: float) -> None:
+    """The gate is clamped from above only, up from both sides; the step clamps after the sigmoid: silu(3.05) < 3."""
+    g, u = torch.tensor(gate, dtype=torch.float64), None if up is None else torch.tensor(up, dtype=torch.float64)
+    assert made.combine(g, u).item() == pytest.approx(wanted, rel=2e-5)
+
+
+TORCH = {
+    "silu": torch.nn.functional.silu,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_plain_activations_are_those_of_torch(name: str) -> None:
+    assert torch.allclose(ACTIVATIONS[name].scalar(WIDE), TORCH[name](WIDE), rtol=1e-9, atol=1e-12)
+
+
+def test_every_library_lays_its_halves_out_in_a_known_order() -> None:
+    for library, half in LIBRARY_ORDERS.items():
+        assert half.order in HALF_ORDERS, library
+        assert half.source
+        assert half.block in (None, 8, 32, 64)
+    assert LIBRARY_ORDERS["flashinfer.trtllm"].order == LIBRARY_ORDERS["flashinfer.cutlass"].order == "up_gate"
+    assert LIBRARY_ORDERS["vllm"].order == LIBRARY_ORDERS["flashinfer.silu_and_mul"].order == "gate_up"
+    assert LIBRARY_ORDERS["triton_kernels"].order == LIBRARY_ORDERS["vllm.swigluoai"].order == "interleaved"
 
 
 @pytest.mark.parametrize("order", HALF_ORDERS)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.routing import RULES, Routing, Rule, select
+from reference.routing import RULES, Routing, Rule, select, select_by_key, sort_keys
 
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=lambda r: r.name)
+PROBABILITIES = {"default", "deepseek_v2", "grouped_softmax", "grouped_softmax_bias"}
+UNNORMALIZED = {"topk", "topk_sigmoid", "llama4", "sigmoid", "grouped_sigmoid", "grouped_sigmoid_bias"}
 V3 = replace(RULES["deepseek_v3"], groups=(4, 2), scale=2.5)
 V3_LOGITS = torch.tensor([[0, 1, 2, -1, 0.5, 0.5, 3, -3]])
 V3_BIAS = torch.tensor([0, 0, -0.5, 0, 0.3, 0.3, -0.6, 0])
@@ -87,17 +89,20 @@ def test_ids_of_a_token_are_distinct_and_in_range(rule: Rule) -> None:
 
 
 @each_rule
-def test_weights_are_positive_and_sum_to_the_scale(rule: Rule) -> None:
-    """`default` keeps the softmax over all experts, so its sum stays below the scale."""
-    sums = route(rule).weights.sum(-1)
-    assert (route(rule).weights > 0).all()
-    wanted = torch.full_like(sums, rule.scale)
-    assert (sums < wanted).all() if rule.name == "default" else torch.allclose(sums, wanted, rtol=1e-12)
+def test_weights_sum_to_the_scale_where_they_are_shares(rule: Rule) -> None:
+    """Probabilities taken as they are sum to less, single sigmoids and logits to anything."""
+    weights = route(rule).weights
+    sums, wanted = weights.sum(-1), torch.full_like(weights[:, 0], rule.scale)
+    assert (weights > 0).all() or rule.name == "topk"
+    if rule.name in PROBABILITIES:
+        assert (sums < wanted).all()
+    elif rule.name not in UNNORMALIZED:
+        assert torch.allclose(sums, wanted, rtol=1e-12)
 
 
 @each_rule
 def test_a_gap_below_the_margin_changes_no_selection(rule: Rule) -> None:
-    """Moving every selection score by less than half the margin: sigmoid and softmax have slope at most 1."""
+    """Moving every selection score by less than half the margin: no score has a slope above 1 in its logit."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(40, 32, generator=generator).double()
     bias = torch.zeros(32) if rule.biased else None
@@ -149,3 +154,101 @@ def test_scales_and_groups_are_those_of_the_published_models() -> None:
 def test_routing_is_computed_in_float64(rule: Rule) -> None:
     routing = route(rule)
     assert (routing.ids.dtype, routing.weights.dtype, routing.margin.dtype) == (torch.int64, torch.float64, torch.float64)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("row", "margin"),
+    [
+        ([INF, INF, 1.0], 0),
+        ([-INF, -INF, -INF], 0),
+        ([NAN, NAN, NAN], 0),
+        ([NAN, NAN, 1.0], INF),
+        ([3.0, 2.0, -INF], INF),
+        ([3.0, NAN, 1.0], 2),
+    ],
+)
+def test_margins_of_infinities_and_nans_say_tie_or_not(row: list[float], margin: float) -> None:
+    """inf - inf is NaN, and a NaN margin is below no threshold: the tie would count as clear."""
+    top_k = 1 if row[:2] == [INF, INF] else 2
+    assert select(torch.tensor([row]), top_k)[1].tolist() == [margin]
+
+
+@each_rule
+def test_a_row_of_nan_spoils_no_other_row(rule: Rule) -> None:
+    logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    bias = torch.zeros(16) if rule.biased else None
+    clean = rule(logits, bias, 2)
+    logits[1] = NAN
+    spoilt = rule(logits, bias, 2)
+    assert torch.equal(spoilt.ids[::2], clean.ids[::2])
+    assert torch.equal(spoilt.weights[::2], clean.weights[::2])
+    assert spoilt.ids[1].tolist() == [0, 1]
+    assert spoilt.margin[1] == 0
+
+
+@each_rule
+def test_experts_at_minus_infinity_are_never_selected(rule: Rule) -> None:
+    """How callers mask experts out: 8 of 32 remain, two in each of four groups of four."""
+    logits = torch.full((5, 32), -INF)
+    alive = torch.tensor([0, 1, 8, 9, 16, 17, 24, 25])
+    logits[:, alive] = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    routing = rule(logits, torch.zeros(32) if rule.biased else None, 4)
+    assert torch.isin(routing.ids, alive).all()
+    assert routing.weights.isfinite().all()
+
+
+@each_rule
+def test_bf16_logits_tie_and_go_to_the_lower_index(rule: Rule) -> None:
+    """1 + 1/512 is 1 in bf16: as fp32 the later expert is better, as bf16 they are equal. The kernel's dtype decides."""
+    logits = torch.zeros(1, 16)
+    logits[0, 3], logits[0, 9] = 1.0, 1.0 + 1 / 512
+    bias = torch.zeros(16) if rule.biased else None
+    assert rule(logits, bias, 2).ids.tolist() == [[9, 3]]
+    assert rule(logits.bfloat16(), bias, 2).ids.tolist() == [[3, 9]]
+
+
+@pytest.mark.parametrize("name", [rule.name for rule in RULES.values() if rule.biased])
+def test_all_negative_selection_scores_choose_as_positive_ones_do(name: str) -> None:
+    """A bias that moves every score by the same amount changes nothing, below zero either."""
+    logits = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
+    up, down = (RULES[name](logits, torch.full((32,), by), 4) for by in (4.0, -4.0))
+    assert torch.equal(up.ids, down.ids)
+    assert torch.equal(up.weights, down.weights)
+
+
+def test_a_bias_may_be_rounded_first() -> None:
+    """The grouped kernel of trtllm-gen rounds the bias to bf16; 1 + 1/512 becomes 1 and the lower index wins."""
+    logits, bias = torch.zeros(1, 4), torch.tensor([0.0, 1.0, 1.0 + 1 / 512, 0.0])
+    exact = replace(V3, groups=(1, 1))
+    assert exact(logits, bias, 1).ids.tolist() == [[2]]
+    assert replace(exact, bias_dtype=torch.bfloat16)(logits, bias, 1).ids.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_keys_sort_every_16_bit_value_as_its_bits_say(dtype: torch.dtype) -> None:
+    """Ascending: negative NaNs, -inf, ..., -0, +0, ..., +inf, positive NaNs."""
+    codes = torch.arange(1 << 15, dtype=torch.int32)
+    values = torch.cat((codes.flip(0) - (1 << 15), codes)).to(torch.int16).view(torch.bfloat16)
+    values = values if dtype == torch.bfloat16 else values.float().to(dtype)
+    keys = sort_keys(values[:, None])[:, 0]
+    wanted = values.float()
+    steps = (wanted.diff() > 0) | (keys.diff() >= 0)
+    assert steps[~wanted.diff().isnan()].all()
+
+
+def test_keys_differ_from_a_comparison_of_floats_at_zero_and_nan_only() -> None:
+    scores = torch.tensor([[-0.0, 0.0, -1.0, 0.0]])
+    assert select(scores, 4)[0].tolist() == [[0, 1, 3, 2]]
+    assert select_by_key(scores, 4).tolist() == [[1, 3, 0, 2]]
+    assert select_by_key(torch.tensor([[INF, NAN, 1.0, -INF]]), 4).tolist() == [[1, 0, 2, 3]]
+    assert select_by_key(torch.tensor([[-NAN, -INF]]).copysign(torch.tensor(-1.0)), 2).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_keys_select_as_we_do_where_no_zero_has_a_sign(dtype: torch.dtype) -> None:
+    scores = torch.randn(50, 40, generator=torch.Generator().manual_seed(4)).to(dtype)
+    scores[:, ::7] = 0.5
+    assert torch.equal(select_by_key(scores, 9), select(scores, 9)[0])
