@@ -101,13 +101,13 @@ def test_a_second_spelling_is_refused_and_the_first_one_given(edit: tuple[str, s
     ("given_name", "hint"),
     [
         ("nvfp44", "did you mean nvfp4"),
-        ("deepseek_v2", "did you mean deepseek_v3"),
+        ("deepseek_v33", "did you mean deepseek_v3"),
         ("swiglu_oia", "did you mean swiglu_oai"),
         ("exakt", "did you mean exact"),
     ],
 )
 def test_unknown_names_suggest_near_ones(given_name: str, hint: str) -> None:
-    good = {"nvfp44": "nvfp4", "deepseek_v2": "deepseek_v3", "swiglu_oia": "swiglu", "exakt": "exact"}[given_name]
+    good = {"nvfp44": "nvfp4", "deepseek_v33": "deepseek_v3", "swiglu_oia": "swiglu", "exakt": "exact"}[given_name]
     with pytest.raises(UnknownName, match=hint):
         Case.parse(EXAMPLE_ID.replace(f".{good}.", f".{given_name}."))
 
