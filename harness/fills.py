@@ -65,7 +65,10 @@ def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float) -> Qua
     if fmt.torch_dtype is not None:  # the bits of a plain format are its value's
         return Quantized(fmt, codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base)))
     scales, global_scale = _real_scales(fmt, shape, stream, base)
-    return Quantized(fmt, codes, scales, global_scale)
+    zeros = None
+    if fmt.scaling is not None and fmt.scaling.zero_points:
+        zeros = window(element, stream.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
+    return Quantized(fmt, codes, scales, global_scale, zeros)
 
 
 def _real_scales(fmt: Format, shape: tuple[int, int], stream: Stream, base: float) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +89,7 @@ def _store(fmt: Format, scales: Tensor) -> Tensor:
     """Scales as the format stores them: codes of its scale grid, or float32 where that is the grid."""
     assert fmt.scaling is not None
     element = fmt.scaling.element
-    return scales.float() if element is FLOATS["fp32"] else element.encode(scales).to(torch.uint8)
+    return fmt.scaling.store(scales.float()) if element is FLOATS["fp32"] else element.encode(scales).to(torch.uint8)
 
 
 def exact(fmt: Format, shape: tuple[int, int], stream: Stream, sparse: Sparse) -> Quantized:

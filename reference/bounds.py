@@ -20,9 +20,8 @@ ACTIVATION_ERROR = 2.0**-22  # relative, of a single-precision exp-based activat
 
 
 def rounding_variance(rounding: Rounding, point: str, value: Tensor) -> Tensor:
-    """u**2 / 12 at a rounding point, 0 where nothing is rounded. value: float64, any shape."""
-    element = rounding.element(point)
-    return torch.zeros_like(value) if element is None else element.ulp(value).square() / 12
+    """Variance of the error made at a rounding point, 0 where nothing is rounded. value: float64."""
+    return rounding.variance(point, value)
 
 
 def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
@@ -50,7 +49,10 @@ def middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activa
         up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up, done.up)
         middle = middle + by_up.square() * up_variance
     middle = middle + rounding_variance(rounding, "activated", activated) * linear.square()
-    return middle + rounding_variance(rounding, "middle", done.middle) + (done.middle * ACTIVATION_ERROR).square()
+    own = rounding_variance(rounding, "middle", done.middle)
+    if done.up is None and rounding.middle == rounding.gate_up:
+        own = torch.where(done.middle == done.gate, 0.0, own)  # relu and identity pass on what is on the grid already
+    return middle + own + (done.middle * ACTIVATION_ERROR).square()
 
 
 def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, rounding: Rounding) -> Tensor:
@@ -89,6 +91,7 @@ def finalize_variance(rows: Tensor, variances: Tensor, weights: Tensor, rounding
         weighted = rows[:, k] * weights[:, k, None]
         total = total + weighted
         variance += weights[:, k, None].square() * variances[:, k] + weight_variance[:, k, None] * rows[:, k].square()
-        variance += rounding_variance(rounding, "weighted", weighted) + rounding_variance(rounding, "partial", total)
-        variance += FP32.ulp(total).square() / 12
-    return variance + rounding_variance(rounding, "out", total)
+        variance += rounding_variance(rounding, "weighted", weighted) + FP32.ulp(total).square() / 12
+        if k > 0 or rounding.partial != rounding.weighted:  # a sum of one term is on that term's grid already
+            variance += rounding_variance(rounding, "partial", total)
+    return variance if rounding.out == rounding.partial else variance + rounding_variance(rounding, "out", total)

@@ -36,6 +36,7 @@ class ExpertPass:
 
 def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding: Rounding = IDEAL) -> ExpertPass:
     """row = down @ act(gate @ x, up @ x), each intermediate passing through its rounding point."""
+    x = rounding.at("x", x)
     gate = rounding.at("gate_up", linear(x, weights.gate, weights.gate_bias))
     up = None if weights.up is None else rounding.at("gate_up", linear(x, weights.up, weights.up_bias))
     middle = rounding.at("activated", activation.scalar(gate))

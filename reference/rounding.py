@@ -1,23 +1,30 @@
-"""Named rounding points: where an implementation leaves the accumulator for a narrower type."""
+"""Named rounding points: where an implementation leaves the accumulator for a narrower type, and through what."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from reference.grid import FLOATS, ElementType
+from reference.format import Format
+from reference.formats import get
+from reference.grid import FLOATS
+
+THEN = ">"
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """One element-type name per point, None where nothing narrower than the fp32 accumulator is written.
+    """One text per point: None (nothing narrower than the fp32 accumulator is written), an element type ("bf16"), a
+    format ("mxfp8": quantised and read back), or a chain ("bf16>nvfp4": rounded to bf16, then quantised).
 
-    routing_weight: the top-k weights; gate_up: output of GEMM 1; activated: act(gate) before it meets up; middle: input
-    of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum over the
-    token's experts; out: the layer's output.
+    x: input of GEMM 1; routing_weight: the top-k weights; gate_up: output of GEMM 1; activated: act(gate) before it meets up;
+    middle: input of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum
+    over the token's experts; out: the layer's output. A format's global scale is fitted to the tensor at hand.
     """
 
+    x: str | None = None
     routing_weight: str | None = None
     gate_up: str | None = None
     activated: str | None = None
@@ -27,15 +34,33 @@ class Rounding:
     partial: str | None = None
     out: str | None = None
 
-    def element(self, point: str) -> ElementType | None:
-        """The grid at `point`, or None."""
-        name = getattr(self, point)
-        return None if name is None else FLOATS[name]
+    def steps(self, point: str) -> tuple[str, ...]:
+        """The names a value passes at `point`, in order."""
+        text = getattr(self, point)
+        return () if text is None else tuple(text.split(THEN))
 
     def at(self, point: str, value: Tensor) -> Tensor:
-        """`value` (float64) as it leaves `point`."""
-        element = self.element(point)
-        return value if element is None else element.round(value)
+        """`value` (float64; [rows, columns] where a format is involved) as it leaves `point`."""
+        for name in self.steps(point):
+            value = FLOATS[name].round(value) if name in FLOATS else requantized(get(name), value)
+        return value
+
+    def variance(self, point: str, value: Tensor) -> Tensor:
+        """Variance of the error made at `point`. A grid of spacing u around a value adds u**2 / 12. Of a block format the
+        error itself is known, (read back - value): a kernel's value differs from the ideal one by far less than a 4- or
+        8-bit grid's spacing, and one that falls to the other side of a midpoint errs by as much with the other sign."""
+        total = torch.zeros_like(value)
+        for name in self.steps(point):
+            if name in FLOATS:
+                total += FLOATS[name].ulp(value).square() / 12
+            else:
+                total += (requantized(get(name), value) - value).square()
+        return total
+
+
+def requantized(fmt: Format, value: Tensor) -> Tensor:
+    """value [rows, columns] through the format and back, float64."""
+    return fmt.decode(fmt.encode(value.float(), fmt.fit_global_scale(value.float()))) if value.numel() else value
 
 
 IDEAL = Rounding()

@@ -6,16 +6,42 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from reference import grid
-from reference.grid import BF16, E2M1, E4M3, E8M0, FP16, FP32, INT4, INT8, ElementType, IntegerType
+from reference.grid import (
+    BF16,
+    E2M1,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    E8M0,
+    FP16,
+    FP32,
+    INT4,
+    INT4_FULL,
+    INT8,
+    ElementType,
+    IntegerType,
+    odd_bf16,
+)
 
 INF, NAN = float("inf"), float("nan")
 ALL16 = torch.arange(65536, dtype=torch.int32).to(torch.int16)
-SMALL = [(E2M1, ml_dtypes.float4_e2m1fn), (E4M3, ml_dtypes.float8_e4m3fn)]
+SMALL = [
+    (E2M1, ml_dtypes.float4_e2m1fn),
+    (E4M3, ml_dtypes.float8_e4m3fn),
+    (E5M2, ml_dtypes.float8_e5m2),
+    (E4M3FNUZ, ml_dtypes.float8_e4m3fnuz),
+    (E5M2FNUZ, ml_dtypes.float8_e5m2fnuz),
+]
 WIDE = [(BF16, torch.bfloat16), (FP16, torch.float16), (FP32, torch.float32)]
-FLOATS = [E2M1, E4M3, BF16, FP16, FP32]
+FLOATS = [E2M1, E4M3, E5M2, E4M3FNUZ, E5M2FNUZ, BF16, FP16, FP32]
+SIGNED_ZERO = [element for element in FLOATS if element.specials != "fnuz"]
+BYTES = [element for element, _ in SMALL]
 
 
 def finite_bf16() -> Tensor:
@@ -120,16 +146,20 @@ def test_max_is_the_largest_torch_has(element: ElementType, dtype: torch.dtype) 
 
 def test_max_of_the_small_grids() -> None:
     assert (E2M1.max, E4M3.max, E8M0.max, INT4.max, INT8.max) == (6.0, 448.0, 2.0**127, 7.0, 127.0)
+    assert (E5M2.max, E4M3FNUZ.max, E5M2FNUZ.max) == (57344.0, 240.0, 57344.0)
+    assert (INT4.min, INT4_FULL.min, INT8.min) == (-7.0, -8.0, -127.0)
 
 
-@pytest.mark.parametrize("element", FLOATS, ids=lambda e: e.name)
+@pytest.mark.parametrize("element", SIGNED_ZERO, ids=lambda e: e.name)
 def test_zero_keeps_its_sign(element: ElementType) -> None:
     codes = element.encode(torch.tensor([0.0, -0.0], dtype=torch.float64))
     assert codes.tolist() == [0, 1 << (element.bits - 1)]
     assert torch.signbit(element.decode(codes)).tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("element", "code"), [(E2M1, 7), (E4M3, 0x7F), (BF16, 0x7FC0), (FP16, 0x7E00), (FP32, 0x7FC00000)])
+@pytest.mark.parametrize(
+    ("element", "code"), [(E2M1, 7), (E4M3, 0x7F), (E5M2, 0x7E), (BF16, 0x7FC0), (FP16, 0x7E00), (FP32, 0x7FC00000)]
+)
 def test_nan_drops_its_sign_and_takes_the_stated_code(element: ElementType, code: int) -> None:
     """ml_dtypes gives other codes for NaN in E2M1 (8 and 0), so these are pinned, not compared."""
     assert element.encode(torch.tensor([NAN, -NAN], dtype=torch.float64)).tolist() == [code, code]
@@ -199,3 +229,91 @@ def test_every_integer_code_but_the_lowest_survives_decode_and_encode(element: I
 
 def test_element_names_lead_to_their_grids() -> None:
     assert all(element.name == name for name, element in grid.FLOATS.items())
+
+
+@pytest.mark.parametrize("element", [E4M3FNUZ, E5M2FNUZ], ids=lambda e: e.name)
+def test_fnuz_types_have_one_zero_and_one_nan(element: ElementType) -> None:
+    """The code that would be -0 is the only NaN: a negative that rounds to 0 must lose its sign, or it becomes NaN."""
+    assert element.encode(torch.tensor([0.0, -0.0, -1e-9, NAN, -NAN])).tolist() == [0, 0, 0, 0x80, 0x80]
+    assert element.values.isnan().nonzero().flatten().tolist() == [0x80]
+
+
+def test_fnuz_codes_are_worth_half_the_fn_codes() -> None:
+    """How an E4M3FN checkpoint is read on gfx942: same bits, scale doubled."""
+    fn, fnuz = E4M3.values, E4M3FNUZ.values
+    both = fn.isfinite() & fnuz.isfinite()
+    assert torch.equal(fnuz[both], fn[both] / 2)
+    assert fnuz[[0x7F, 0xFF]].tolist() == [240.0, -240.0]
+
+
+@pytest.mark.parametrize("element", [E5M2, E4M3, E4M3FNUZ], ids=lambda e: e.name)
+def test_the_worked_fp8_examples(element: ElementType) -> None:
+    values = torch.tensor([1.1, 17, 300, 0.001, 470, -0.0])
+    wanted = {
+        "e4m3": [0x39, 0x58, 0x79, 0x01, 0x7E, 0x80],
+        "e5m2": [0x3C, 0x4C, 0x5D, 0x14, 0x5F, 0x80],
+        "e4m3fnuz": [0x41, 0x60, 0x7F, 0x01, 0x7F, 0x00],
+    }
+    assert element.encode(values).tolist() == wanted[element.name]
+
+
+@pytest.mark.parametrize("element", BYTES, ids=lambda e: e.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_table_gives_what_the_arithmetic_gives_for_every_16_bit_value(element: ElementType, dtype: torch.dtype) -> None:
+    """float64 inputs are encoded by arithmetic, narrower ones by a look-up after rounding to odd."""
+    values = ALL16.view(dtype)
+    assert torch.equal(element.encode(values), element.encode(values.double()))
+    assert torch.equal(element.encode(values.float()), element.encode(values.double()))
+
+
+def around(values: Tensor) -> Tensor:
+    """float32 values with their next three neighbours on both sides, and all negated."""
+    bits = values.float().view(torch.int32)
+    near = torch.cat([bits + step for step in range(-3, 4)]).view(torch.float32)
+    return torch.cat([near, -near])
+
+
+@pytest.mark.parametrize("element", BYTES, ids=lambda e: e.name)
+def test_the_table_is_right_next_to_every_value_and_midpoint(element: ElementType) -> None:
+    finite = element.values[element.values.isfinite() & (element.values > 0)]
+    near = around(torch.cat([finite, element.midpoints, torch.tensor([element.max * 1.0625, 2.0**-126, 3e38])]))
+    assert torch.equal(element.encode(near), element.encode(near.double()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=64, max_size=64))
+def test_the_table_is_right_for_any_float32(bits: list[int]) -> None:
+    values = torch.tensor(bits).to(torch.int32).view(torch.float32)
+    for element in BYTES:
+        assert torch.equal(element.encode(values), element.encode(values.double()))
+
+
+def test_rounding_to_odd_sets_the_last_bit_of_what_was_inexact() -> None:
+    values = torch.tensor([1.0, 1.0 + 2.0**-23, 1.0 + 2.0**-7, 1.0 + 2.0**-7 + 2.0**-23, -1.0 - 2.0**-20, 2.0**-149])
+    assert odd_bf16(values).tolist() == [0x3F80, 0x3F81, 0x3F81, 0x3F81, 0xBF81, 0x0001]
+
+
+@pytest.mark.parametrize("element", BYTES, ids=lambda e: e.name)
+def test_directed_ties_differ_from_nearest_even_at_ties_only(element: ElementType) -> None:
+    """Strictly between midpoints all three agree; at midpoint i the lower magnitude has code i, the higher i + 1."""
+    ties = element.midpoints.float()
+    order = torch.arange(len(ties), dtype=torch.int32)
+    assert torch.equal(element.encode_ties(ties, away=False), order)
+    assert torch.equal(element.encode_ties(-ties, away=True), order + 1)
+    near = around(ties)
+    near = near[~torch.isin(near.abs(), ties)].abs()
+    for away in (False, True):
+        assert torch.equal(element.encode_ties(near, away), element.encode(near))
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(0.0, 0), (1.0, 127), (1.99, 127), (2.0, 128), (6.5, 129), (2.0**-126, 1), (2.0**-127, 0), (INF, 255)]
+)
+def test_e8m0_rounded_down_is_the_exponent_field(value: float, code: int) -> None:
+    assert E8M0.encode_down(torch.tensor([value])).tolist() == [code]
+
+
+def test_full_range_int4_uses_its_lowest_code_and_nan_is_zero() -> None:
+    assert INT4_FULL.encode(torch.tensor([-8.0, -9.0, -7.5, 7.5, NAN])).tolist() == [8, 8, 8, 7, 0]
+    assert INT4.encode(torch.tensor([-8.0, NAN])).tolist() == [9, 0]
+    assert INT4_FULL.round(torch.tensor([-9.0])).tolist() == [-8.0]

@@ -1,0 +1,129 @@
+"""Where rules differ only at the ends of the number range: flushed subnormals, overflowing reciprocals, floors, near ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.format import Quantized
+from reference.formats import get
+from reference.formats.fp8_fnuz import from_e4m3
+from reference.formats.nvfp4 import token_global_scales
+
+FLT_MAX = torch.finfo(torch.float32).max
+
+
+def encode(name: str, values: list[float], gs: float | None = None) -> tuple[list[int], list[float]]:
+    """(codes, scales) of one row."""
+    q = get(name).encode(torch.tensor([values]), None if gs is None else torch.tensor(gs))
+    assert q.scales is not None
+    return q.codes[0].tolist(), q.scales.flatten().tolist()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("mxfp4", 6.0), ("mxfp8", 448.0)])
+def test_cuda_flushes_a_subnormal_quotient_before_rounding_it_up(name: str, limit: float) -> None:
+    """amax / limit = 0.75 * 2**-126: flushed it is byte 0, kept (torchao) byte 1."""
+    amax = limit * 0.75 * 2.0**-126
+    assert encode(name, [amax])[1] == [0]
+    assert encode(f"{name}:rceil", [amax])[1] == [1]
+
+
+def test_cuda_reads_subnormal_elements_as_zero() -> None:
+    """2**-127 beside 6 * 2**-126 scales to 0.5; flushed it is a zero of its sign."""
+    values = [6 * 2.0**-126, 2.0**-127, -(2.0**-127)]
+    assert encode("mxfp4", values) == ([7, 0, 8], [1])
+    assert encode("mxfp4:triton_up", values) == ([7, 1, 9], [1])
+
+
+def test_the_lost_sticky_bit_spans_three_float32_values() -> None:
+    values = [4.0, *(0.25 + i * 2.0**-25 for i in range(5))]
+    assert encode("mxfp4:triton_lost_sticky", values)[0] == [6, 0, 0, 0, 0, 1]
+    assert encode("mxfp4:triton_up", values)[0] == [6, 0, 1, 1, 1, 1]
+
+
+def test_the_exact_and_the_fast_recipe_flush_different_products() -> None:
+    """amax / 6 is subnormal and gs / 6 is not: the exact order keeps the scale, the fast one loses it."""
+    assert encode("nvfp4", [2.0**-124], 2.0**124)[1] == [0x23]  # 0.1667 -> 0.171875
+    assert encode("nvfp4:fast", [2.0**-124], 2.0**124)[1] == [0]
+
+
+def test_a_global_scale_with_a_subnormal_reciprocal_saturates_its_blocks() -> None:
+    """1 / 2**127 is flushed, so the multiplier is FLT_MAX instead of 2**127 / 22."""
+    values = [2.0**-120, 2.0**-124]
+    assert encode("nvfp4", values, 2.0**127)[0] == [7, 7]
+    assert encode("nvfp4:compressed_tensors", values, 2.0**127)[0] == [7, 1]
+
+
+def test_a_tiny_row_has_the_largest_finite_global_scale() -> None:
+    assert token_global_scales(torch.tensor([[1e-37], [0.0]])).tolist() == [FLT_MAX, FLT_MAX]
+
+
+def test_a_multiplier_does_not_overflow() -> None:
+    scale = encode("fp8_token:humming", [1e-37])[1][0]
+    assert scale == pytest.approx(1 / FLT_MAX, rel=1e-6, abs=0)
+    assert encode("fp8_token:humming", [1.0, float("nan")])[0] == [0x7E, 0x7F]
+
+
+def test_floors_are_the_stated_numbers() -> None:
+    """Goldens share their constants with the rules; these do not."""
+    floors = {
+        "fp8_group": 1e-12,
+        "fp8_group:deepgemm": 1e-4 / 448,
+        "fp8_group:vllm": 1e-10 / 448,
+        "fp8_group:trtllm": 2.0**-126,
+        "fp8_token:vllm": 1 / 229376,
+        "fp8_token:trtllm": 1 / 229376,
+        "fp8_fnuz_channel:vllm_token": 1 / 114688,
+        "int8_token:vllm": 1e-10 / 127,
+        "int4_g32_zp": 2.0**-23,
+        "int4_g32_zp:awq": 1e-5 / 15,
+    }
+    for name, floor in floors.items():
+        assert encode(name, [0.0])[1] == [pytest.approx(floor, rel=1e-6, abs=0)], name
+
+
+def test_zero_points_are_added_before_or_after_rounding() -> None:
+    """1.5 with zero point -7: rint(1.5) - 7 = -5 in AutoAWQ, rint(-5.5) = -6 in compressed-tensors."""
+    values = [-1.0, 14.0, 1.5]
+    assert encode("int4_g32_zp:awq", values) == ([8, 7, 0x10 - 5], [1.0])
+    assert encode("int4_g32_zp", values) == ([8, 7, 0x10 - 6], [1.0])
+
+
+def test_zero_points_decode_to_the_values() -> None:
+    fmt, x = get("int4_g32_zp"), torch.tensor([[-1.0, 14.0, 2.0, 0.0]])
+    assert fmt.decode(fmt.encode(x)).tolist() == x.tolist()
+
+
+def test_eight_sevenths_in_one_or_two_roundings_moves_few_codes() -> None:
+    x = torch.randn(2000, 640, generator=torch.Generator().manual_seed(2))
+    one, two = get("mxint4").encode(x), get("mxint4:flat_test").encode(x)
+    assert one.scales is not None
+    assert torch.equal(one.scales, two.scales)  # type: ignore[arg-type]
+    assert 0 < (one.codes != two.codes).double().mean() < 2e-3
+
+
+def test_an_fn_checkpoint_read_as_fnuz_has_the_same_values() -> None:
+    codes = torch.tensor([[c for c in range(256) if c not in (0x7F, 0xFF)]], dtype=torch.uint8)
+    q = Quantized(get("fp8_tensor"), codes, torch.tensor([[0.5]]))
+    moved = from_e4m3(q, get("fp8_fnuz_tensor"))
+    assert torch.equal(get("fp8_fnuz_tensor").decode(moved), get("fp8_tensor").decode(q))
+    assert moved.scales is not None
+    assert moved.scales.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", ["fp8_group", "fp8_block", "int8_tensor", "mxfp4", "nvfp4", "nvfp4_4over6", "int4_g128_zp"])
+def test_bf16_and_its_float32_copy_encode_alike(name: str) -> None:
+    x: Tensor = torch.randn(130, 200, generator=torch.Generator().manual_seed(3)).bfloat16()
+    fmt = get(name)
+    a, b = fmt.encode(x, fmt.fit_global_scale(x)), fmt.encode(x.float(), fmt.fit_global_scale(x.float()))
+    assert torch.equal(a.codes, b.codes)
+    assert a.codes.shape == (130, 200)
+    assert torch.equal(a.scales, b.scales)  # type: ignore[arg-type]
+
+
+def test_unknown_rules_name_the_known_ones() -> None:
+    with pytest.raises(KeyError, match="triton_up"):
+        get("mxfp4:triton")
+    with pytest.raises(KeyError, match="known: none"):
+        get("bf16:fast")
