@@ -62,6 +62,8 @@ def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float) -> Qua
     assert isinstance(element, ElementType | IntegerType)
     codes = window(element, stream.child("codes").raw(rows, columns, element.bits))
     base = rms / window_rms(element)
+    if fmt.scaling is not None and fmt.scaling.zero_points:
+        base /= math.sqrt(2)  # code minus zero point: a difference of two such draws
     if fmt.torch_dtype is not None:  # the bits of a plain format are its value's
         return Quantized(fmt, codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base)))
     scales, global_scale = _real_scales(fmt, shape, stream, base)

@@ -25,12 +25,12 @@ no code shared with any kernel. Every row names the source of its rule and who e
 * Routing rules carry names, never numbers; equal scores go to the lower index; a routing carries the margin to the next expert.
 * The layer runs one expert after another, only those that received tokens. `reference/moe.py` names each rounding point.
 * Error bounds (`reference/bounds.py`): a grid of spacing u adds u**2 / 12; a block format adds its own known error; fp32 sums
-  of K terms add what a random walk conditioned on its end adds; errors of gate and up pass the activation's partial derivatives.
+  of K terms add what a random walk conditioned on its end adds; errors of gate and up pass its partial derivatives.
 """
 
 WITNESSES = {
-    "formats": "test_grid.py, test_formats*.py (goldens, all codes), test_witness_formats.py (ml_dtypes, torchao, compressed-tensors)",
-    "layouts": "test_layouts*.py (closed forms, every bit once), test_witness_layouts.py (FlashInfer, vLLM, triton_kernels, torchao)",
+    "formats": "test_grid.py, test_formats*.py (all codes), test_witness_formats.py (ml_dtypes, torchao, compressed-tensors)",
+    "layouts": "test_layouts*.py (closed forms), test_witness_layouts.py (FlashInfer, vLLM, triton_kernels, torchao)",
     "routing": "test_routing*.py (worked examples, plain loops), test_witness_routing.py (transformers' routers, ONNX Runtime)",
     "activations": "test_activation.py (torch functionals, gpt-oss code, ONNX Runtime)",
     "recipes": "test_recipes.py (a kernel with exactly these points has mean z^2 in 0.9..1.1); configs/baselines/ (H200)",
