@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+from reference import differences
 from reference.activation import ACTIVATIONS
 from reference.format import Format
 from reference.formats import all_formats
@@ -81,15 +82,31 @@ def page() -> str:
         ("activation", "gated", "exact fill"),
         ((f"`{a.name}`", "yes" if a.gated else "-", "yes" if a.exact else "-") for a in ACTIVATIONS.values()),
     )
+    orders = table(
+        ("library", "half order of w13", "source"),
+        (
+            (f"`{name}`", o.order + (f", in blocks of {o.block}" if o.block else ""), o.source)
+            for name, o in LIBRARY_ORDERS.items()
+        ),
+    )
     points = ("x", "gate_up", "activated", "middle", "row", "routing_weight", "weighted", "partial", "out")
     recipes = table(
         ("recipe", *points, "source"),
         ((f"`{r.name}`", *(getattr(r.rounding, p) or "" for p in points), r.source) for r in RECIPES.values()),
     )
     parts = [HEAD]
-    for title, body in (("formats", formats), ("layouts", layouts), ("routing", routing), ("activations", activations)):
+    for title, body in (
+        ("formats", formats),
+        ("layouts", layouts),
+        ("routing", routing),
+        ("activations", f"{activations}\n\n{orders}"),
+    ):
         parts.append(f"## {title.capitalize()}\n\nWitnesses: {WITNESSES[title]}.\n\n{body}\n")
     parts.append(f"## Recipes\n\nEmpty: the fp32 accumulator. Witnesses: {WITNESSES['recipes']}.\n\n{recipes}\n")
+    parts.append("## Differences\n\nWhat implementations do not share; each row is asserted by a witness test.\n")
+    parts.append(table(("rule", "other rule", "what it does differently"), differences.FORMATS) + "\n")
+    parts.append(table(("routing rule", "what another implementation does"), differences.ROUTING) + "\n")
+    parts.append(table(("library", "what it does"), differences.LIBRARIES) + "\n")
     return "\n".join([*parts, f"## Whole layers\n\nWitnesses: {WITNESSES['layers']}.\n"])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference.differences import FORMATS as DOCUMENTED
 from reference.format import Format, Quantized, block_amax
 from reference.formats import get
 from reference.grid import E2M1, E4M3, E8M0
@@ -380,3 +381,7 @@ def test_every_format_with_a_witness_is_named_here() -> None:
     """The two tables name existing rules only."""
     names = {d.first for d in DIFFERENCES} | {d.second for d in DIFFERENCES} | {name for name, _, _ in TORCHAO_MX}
     assert all(isinstance(get(name), Format) for name in names)
+
+
+def test_the_documented_differences_are_these() -> None:
+    assert [(d.first, d.second, d.why) for d in DIFFERENCES] == list(DOCUMENTED)

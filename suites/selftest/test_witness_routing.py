@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference import differences
 from reference.activation import ACTIVATIONS, LIBRARY_ORDERS, join_halves, split_halves
 from reference.routing import RULES, Routing, Rule, hash_topk, legal, select
 
@@ -330,3 +331,7 @@ def test_differences_are_as_the_table_says(difference: Difference) -> None:
     ours = torch.zeros(logits.shape[-1], dtype=torch.float64).scatter(0, routing.ids[0], routing.weights[0])
     for got, wanted in ((ours, difference.wanted_ours), (difference.theirs(logits).double(), difference.wanted_theirs)):
         assert torch.allclose(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-3, atol=1e-300, equal_nan=True)
+
+
+def test_the_documented_differences_are_these() -> None:
+    assert [(d.rule, text) for text, d in DIFFERENCES.items()] == list(differences.ROUTING)
