@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from reference import differences
-from reference.activation import ACTIVATIONS
+from reference.activation import ACTIVATIONS, LIBRARY_ORDERS
 from reference.format import Format
 from reference.formats import all_formats
 from reference.layouts import all_layouts
