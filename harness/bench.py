@@ -29,13 +29,14 @@ from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
 from reference.activation import ACTIVATIONS
 from reference.experts import ExpertWeights
-from reference.formats import get
+from reference.formats import all_formats, get
 from reference.moe import Experts, moe
 from reference.rounding import Rounding
 from reference.routing import Routing
 
 CASES = 300
 CRASHES = 10
+ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
 console = Console(highlight=False, soft_wrap=True)
@@ -154,6 +155,23 @@ def device_layer() -> None:
     console.print(f"device: {case.id}: {flops:.1f} TFLOP/s in float64 of {rate:.1f} measured, {flops / rate:.2f} of it")
 
 
+def encoders() -> None:
+    """MB of bf16 input per second of every format's encoder, all its rules, the slowest rule of each format."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    x = torch.randn(ENCODED_ROWS, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    megabytes = x.numel() * x.element_size() / 1e6
+    rates = {}
+    for fmt in all_formats().values():
+        scale = fmt.fit_global_scale(x)
+        for rule in fmt.rules():
+            rule.encode(x[:8], scale if scale is None or scale.dim() == 0 else scale[:8])
+            rates[rule.name] = megabytes / min(timed(partial(rule.encode, x, scale)) for _ in range(3))
+    slow = sorted(rates, key=rates.__getitem__)[:4]
+    median = statistics.median(rates.values())
+    worst = ", ".join(f"{name} {rates[name]:.0f}" for name in slow)
+    console.print(f"encoders: {len(rates)} rules, median {median:.0f} MB/s of bf16 input; slowest: {worst}")
+
+
 def synchronized(call: Callable[[], object]) -> float:
     """Seconds of one call on the GPU."""
     torch.cuda.synchronize()
@@ -165,6 +183,7 @@ def synchronized(call: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     device_layer()
+    encoders()
     reference_layer()
     production()
     isolation()
