@@ -62,6 +62,13 @@ _BLOCK = Golden((3.0, -1.1015625, 0.010009765625), (0x7E, 0xF2, 0x3C), (f32(3 / 
 _ZERO = Golden((0.0, -0.0), (0, 0x80), (1.0,))
 _EDGES = Golden((torch.inf, 1.0, torch.nan), (0x7F, 0, 0x7F), (torch.inf,))
 
+
+def _multiply_then_fmin(x: Tensor, scale: Tensor, amax: Tensor, gs: Tensor | None) -> Tensor:
+    """x * (1 / scale), where 0 * inf is NaN and CUDA's fminf(NaN, 448) is 448 (seen on an H200)."""
+    scaled = multiply(x, scale, amax, gs)
+    return torch.where(scaled.isnan(), MAX, scaled)
+
+
 _TENSOR = _e4m3(
     "fp8_tensor",
     (WHOLE, WHOLE),
@@ -118,9 +125,9 @@ FORMATS = (
         variant(
             _TENSOR,
             "vllm",
-            Rule(amax_over(MAX, zero=0.0), multiply),
-            "vLLM dynamic_scaled_fp8_quant: amax / 448, x * (1 / scale), no floor: an all-zero tensor has scale 0, codes NaN",
-            (_BLOCK, Golden((0.0, 0.0), (0x7F, 0x7F), (0.0,))),
+            Rule(amax_over(MAX, zero=0.0), _multiply_then_fmin),
+            "vLLM 0.25.1 dynamic_scaled_fp8_quant: amax / 448, x * (1 / scale), no floor: zeros give scale 0 and codes of 448",
+            (_BLOCK, Golden((0.0, 0.0), (0x7E, 0x7E), (0.0,))),
         ),
     ),
     with_variants(
