@@ -30,8 +30,8 @@ no code shared with any kernel. Every row names the source of its rule and who e
 """
 
 WITNESSES = {
-    "formats": "test_grid.py, test_formats*.py (all codes), test_witness_formats.py (ml_dtypes, torchao, compressed-tensors), and on an"
-    " H200 vLLM's CUDA quantisers (configs/baselines/vllm_quantizers_h200.jsonl)",
+    "formats": "test_grid.py, test_formats*.py (all codes), test_witness_formats.py (ml_dtypes, torchao, compressed-tensors),"
+    " and vLLM's CUDA quantisers on an H200 (configs/baselines/vllm_quantizers_h200.jsonl)",
     "layouts": "test_layouts*.py (closed forms), test_witness_layouts.py (FlashInfer, vLLM, triton_kernels, torchao)",
     "routing": "test_routing*.py (worked examples, plain loops), test_witness_routing.py (transformers' routers, ONNX Runtime)",
     "activations": "test_activation.py (torch functionals, gpt-oss code, ONNX Runtime)",
