@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIER ?= smoke
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint bench witnesses clean
+.PHONY: run test lint bench witnesses mutants clean
 
 run: $(READY)
 	$(BIN)/moecheck run --tier $(TIER) --verbose
@@ -32,6 +32,10 @@ $(READY): pyproject.toml constraints.txt
 # Witnesses too large for the dev extra; CI has them, `make test` skips what is missing and says so.
 witnesses: $(READY)
 	VENV=$(VENV) .ci/witnesses
+
+# A sample of wrong constants and operators planted in reference/, each of which a self-test must notice.
+mutants: $(READY)
+	$(BIN)/python suites/mutation.py --sample $(or $(SAMPLE),60) --seed $(or $(SEED),1)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

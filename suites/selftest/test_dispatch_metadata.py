@@ -135,3 +135,8 @@ def test_ragged_metadata_is_consistent(rows: list[list[int]], block: int) -> Non
 
 def test_with_one_expert_a_token_slots_are_tokens() -> None:
     assert ragged(torch.tensor([[1], [0], [1]]), 2).gathered.tolist() == [1, 0, 2]
+
+
+def test_the_block_sizes_are_those_of_triton_kernels() -> None:
+    assert BLOCK_SIZES == (16, 32, 64, 128)
+    assert HIP_BLOCK_SIZES == (16, 32, 64, 128, 256)

@@ -131,3 +131,11 @@ def test_permuted_maps_lead_every_local_slot_to_its_token(rows: list[list[int]],
 
 def test_with_one_expert_a_token_rows_lead_to_slots() -> None:
     assert permuted_maps(torch.tensor([[1], [0], [1]]), 2, 1)[1].tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("expert", [-32768, -1, 0, 32767])
+def test_the_ends_of_the_id_range_pack(expert: int) -> None:
+    ids, weights = torch.tensor([[expert, 0]]), torch.tensor([[0.5, -0.5]])
+    back, kept = decode(encode(ids, weights))
+    assert torch.equal(back, ids)
+    assert torch.equal(kept.float(), weights)

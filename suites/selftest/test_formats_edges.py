@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reference.format import Quantized
-from reference.formats import get
+from reference.formats import all_formats, get
 from reference.formats.fp8_fnuz import from_e4m3
 from reference.formats.nvfp4 import token_global_scales
 
@@ -127,3 +127,106 @@ def test_unknown_rules_name_the_known_ones() -> None:
         get("mxfp4:triton")
     with pytest.raises(KeyError, match="known: none"):
         get("bf16:fast")
+
+
+KEEPS_NAN = {  # scale byte and codes of [NaN, -3, 1, ...]: 255 poisons the block; Triton's rounding up wraps NaN to byte 0
+    **dict.fromkeys([f"mxfp4:{rule}" for rule in ("ocp", "even", "torchao_ceil", "rceil")], (255, [7, 7, 7])),
+    **dict.fromkeys(["mxfp4:triton_down", "mxfp4:triton_down_v1"], (255, [7, 7, 7])),
+    **dict.fromkeys([f"mxfp4:triton_{rule}" for rule in ("up", "away", "lost_sticky")], (0, [7, 8, 0])),
+    **dict.fromkeys([f"mxfp8:{rule}" for rule in ("ocp", "even", "compressed_tensors", "torchao_ceil")], (255, [127] * 3)),
+    **dict.fromkeys([f"mxfp8:{rule}" for rule in ("rceil", "vllm", "vllm_v1", "triton_down")], (255, [127] * 3)),
+    "mxfp8:triton_up": (0, [127, 128, 0]),
+    "mxfp8_e5m2": (0, [126, 128, 0]),
+    "mxfp8_e5m2:ocp": (255, [126] * 3),
+}
+FLUSHED = {"mxfp4", "mxfp4:cute_dsl", "mxfp8", "nvfp4", "nvfp4:fast", "nvfp4:vllm", "nvfp4_token", "nvfp4_token:trtllm"}
+RULES = {rule.name: rule for fmt in all_formats().values() for rule in fmt.rules() if rule.scaling is not None}
+
+
+def with_global(name: str, x: Tensor, scale: float) -> Quantized:
+    scaling = RULES[name].scaling
+    assert scaling is not None
+    return RULES[name].encode(x, torch.tensor([scale]) if scaling.global_scale else None)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name.startswith(("mx", "nv", "int8", "fp8"))])
+def test_a_nan_counts_in_the_maximum_or_does_not(name: str) -> None:
+    """By the library: those whose maximum propagates NaN are listed, all others find the scale among the numbers."""
+    row = torch.ones(1, 128)
+    row[0, :2] = torch.tensor([float("nan"), -3.0])
+    got = with_global(name, row, 1.0)
+    assert got.scales is not None
+    if name in KEEPS_NAN:
+        byte, codes = KEEPS_NAN[name]
+        assert (got.scales[0, 0].item(), got.codes[0, :3].tolist()) == (byte, codes)
+    else:
+        without = with_global(name, row.nan_to_num(0.0), 1.0)
+        assert torch.equal(got.scales, without.scales)
+        assert torch.equal(got.codes[0, 1:], without.codes[0, 1:])
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if n.startswith(("mxfp", "nv")) and n != "mxfp4:deepgemm"])
+def test_subnormal_inputs_are_flushed_where_the_kernel_flushes(name: str) -> None:
+    """The scale is normal, a negative subnormal is large enough for a code of its own: kept, or 0 (and NaN, hence positive,
+    where the fast reciprocal is infinite). DeepGEMM's scale never gets this small."""
+    row = torch.zeros(1, 128)
+    row[0, 0] = {"mxfp8": 2.0**-117, "mxfp4": 2.0**-123}.get(name.split(":")[0].removesuffix("_e5m2"), 2.0**-126 * 1.5)
+    row[0, 1] = -1.5 * 2.0**-127
+    code = with_global(name, row, 4 * 2.0**126).codes[0, 1].item()
+    flushed = name in FLUSHED or name.startswith("nvfp4_4over6")
+    assert (code > 1 << (RULES[name].element.bits - 1)) == (not flushed)
+
+
+LEAST = {  # the scale of a block of the smallest subnormals: what each rule clamps it, or the maximum, to
+    "int8_token:vllm": 1e-10 / 127,
+    "int8_group:vllm": 1e-10 / 127,
+    "int8_group:cutile": 1e-10 / 127,
+    "fp8_token:vllm": 1 / (448 * 512),
+    "fp8_token:trtllm": 1 / (448 * 512),
+    "fp8_group": 1e-12,
+    "fp8_group:deepgemm": 1e-4 / 448,
+    "fp8_group:deepgemm_ue8m0": 2.0**-22,
+    "fp8_group:vllm": 1e-10 / 448,
+    "fp8_group:vllm_ue8m0": 2.0**-33,
+    "fp8_group:vllm_triton": 1e-10 / 448,
+    "fp8_group:cutile": 1e-10 / 448,
+    "fp8_group:trtllm": 2.0**-126,
+    "fp8_block": 1e-12,
+    "fp8_block:deepgemm": 1e-4 / 448,
+    "fp8_block:deepgemm_ue8m0": 2.0**-22,
+    "fp8_fnuz_channel:vllm_token": 1 / (224 * 512),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_block_of_almost_nothing_has_the_least_scale(name: str) -> None:
+    scales = with_global(name, torch.full((128, 128), 2.0**-149), 1.0).scales
+    assert scales is not None
+    assert scales.flatten().tolist() == pytest.approx([LEAST[name]] * scales.numel(), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("name", ["fp8_group:vllm_ue8m0", "fp8_group:deepgemm_ue8m0"])
+def test_a_power_of_two_scale_stays_finite(name: str) -> None:
+    scales = with_global(name, torch.full((1, 128), float("inf")), 1.0).scales
+    assert scales is not None
+    assert scales.tolist() == [[2.0**127]]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_scaled_formats_say_that_they_saturate(name: str) -> None:
+    assert RULES[name].saturates
+
+
+@pytest.mark.parametrize("name", ["mxfp4:deepgemm", "mxfp8:vllm_v1"])
+def test_an_infinite_maximum_has_the_last_finite_scale(name: str) -> None:
+    scales = with_global(name, torch.full((1, 32), float("inf")), 1.0).scales
+    assert scales is not None
+    assert scales.tolist() == [[254]]
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in all_formats().items() if fmt.scaling is None])
+def test_a_plain_format_says_that_it_saturates_and_does(name: str) -> None:
+    """A torch cast of 1e38 to fp16 gives inf."""
+    fmt = get(name)
+    assert fmt.saturates
+    assert fmt.encode(torch.tensor([[1e39, -1e39]], dtype=torch.float64)).codes.isfinite().all()

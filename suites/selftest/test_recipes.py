@@ -68,3 +68,32 @@ def test_a_format_at_a_point_quantises_and_reads_back() -> None:
 def test_the_ideal_layer_rounds_nowhere() -> None:
     value = torch.rand(3, 32, dtype=torch.float64)
     assert all(torch.equal(IDEAL.at(point, value), value) for point in vars(IDEAL))
+
+
+POINTS = ("x", "routing_weight", "gate_up", "activated", "middle", "row", "weighted", "partial", "out")
+B, N, F, T, G = "bf16", "bf16>nvfp4", "fp8_tensor", "fp8_token", "fp8_group"
+TABLE = {  # typed from the fact sheet's table, a column a point, - for no rounding; row, weighted, partial, out from section 6
+    "flashinfer_cutlass_bf16": f"- - {B} - {B} {B} - - {B}",
+    "flashinfer_cutlass_nvfp4": f"nvfp4 - {B} - {N} {B} - - {B}",
+    "flashinfer_cutlass_mxfp8": f"mxfp8 - {B} - bf16>mxfp8 {B} - - {B}",
+    "flashinfer_cutlass_fp8": f"{F} - {B} - {F} {B} - - {B}",
+    "flashinfer_cutlass_mxfp4_bf16": f"- - {B} - {B} {B} - - {B}",
+    "flashinfer_trtllm_fp4": f"nvfp4 {B} - - {N} {B} - - {B}",
+    "flashinfer_trtllm_mxfp4_mxfp8": f"mxfp8 {B} - - mxfp8 {B} - - {B}",
+    "flashinfer_trtllm_bf16": f"- {B} - - {B} {B} - - {B}",
+    "flashinfer_trtllm_nvfp4_per_token": f"nvfp4_token {B} {B} - nvfp4_token {B} - - {B}",
+    "flashinfer_trtllm_fp8_per_channel": f"{T} {B} {B} - {T} {B} - - {B}",
+    "flashinfer_trtllm_deepseek_fp8": f"{G} {B} {G} - {G} {B} - - {B}",
+    "flashinfer_act_and_quantize": f"- - {B} - {N} {B} - - {B}",
+    "flashinfer_cute_dsl_nvfp4": f"nvfp4 - - - {N} {B} - - {B}",
+    "flashinfer_b12x_mxfp4": f"mxfp4 - - - mxfp4 {B} - - {B}",
+    "vllm_triton_bf16": f"- - {B} {B} {B} - {B} {B} {B}",
+    "triton_kernels_bf16": f"- - - - {B} {B} - - {B}",
+    "torch_eager_bf16": f"- - {B} - {B} {B} - - {B}",
+}
+
+
+def test_the_recipes_are_those_of_the_table() -> None:
+    """A wrong format at a point errs consistently with its own sigma, so only a second copy of the table can tell."""
+    got = {name: " ".join(getattr(recipe.rounding, point) or "-" for point in POINTS) for name, recipe in RECIPES.items()}
+    assert got == TABLE

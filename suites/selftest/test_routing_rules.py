@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reference.routing import RULES, Rule, hash_topk
+from reference.routing import RULES, Rule, Slack, hash_topk
 
 LOGITS = torch.tensor([[1, 2, 0.5, 2]])
 WORKED = {  # on LOGITS with top-2: ids, weights
@@ -172,3 +172,38 @@ def test_every_rule_says_where_it_comes_from() -> None:
 def test_every_flashinfer_and_vllm_method_has_a_rule(name: str) -> None:
     rule: Rule = RULES[name]
     assert rule.problem(16, 2) is None
+
+
+SIGMOID_SLACK, SOFTMAX_SLACK = Slack(absolute=1 / 2048), Slack(relative=1 / 262144)
+DATA = {  # bias, (groups, kept), two best per group, scale, slack; a rule not listed is (False, (1, 1), True, 1, one spacing)
+    "default": (False, (1, 1), True, 1, SOFTMAX_SLACK),
+    "sigmoid": (False, (1, 1), True, 1, SIGMOID_SLACK),
+    "sigmoid_renorm": (False, (1, 1), True, 1, SIGMOID_SLACK),
+    "minimax2": (True, (1, 1), True, 1, SIGMOID_SLACK),
+    "deepseek_v3": (True, (8, 4), True, 2.5, SIGMOID_SLACK),
+    "kimi_k2": (True, (1, 1), True, 2.827, SIGMOID_SLACK),
+    "deepseek_v2": (False, (8, 3), False, 16, SOFTMAX_SLACK),
+    "deepseek_v4": (True, (1, 1), True, 1.5, Slack(absolute=1 / 2048, relative=1 / 262144)),
+    **{
+        name: (biased, (8, 4), biased, 1, SIGMOID_SLACK if scoring is torch.sigmoid else SOFTMAX_SLACK)
+        for name, (scoring, biased, _) in GROUP_SOURCES.items()
+    },
+    **dict.fromkeys(
+        ("grouped_softmax_bias", "grouped_softmax_bias_renorm"),
+        (True, (8, 4), True, 1, Slack(absolute=1 / 1048576, relative=1 / 262144)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_numbers_of_a_rule_are_those_of_its_source(name: str) -> None:
+    """A slack only forgives: one twice too wide fails no right kernel, so its number is written here a second time."""
+    rule = RULES[name]
+    got = (rule.biased, rule.groups, rule.pairs, rule.scale, rule.slack)
+    assert got == DATA.get(name, (False, (1, 1), True, 1, Slack(ulps=1)))
+    assert rule.bias_dtype is None
+
+
+def test_small_scores_are_normalised_too() -> None:
+    routing = RULES["deepseek_v4"](torch.full((1, 16), -20.0), torch.zeros(16), 2)
+    assert routing.weights.tolist() == [pytest.approx([0.75, 0.75])]
