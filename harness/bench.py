@@ -182,9 +182,9 @@ def synchronized(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    device_layer()
-    encoders()
-    reference_layer()
-    production()
+    production()  # first: it reports the peak memory of this process
     isolation()
     replacement()
+    encoders()
+    reference_layer()
+    device_layer()

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -41,10 +42,9 @@ def main(pipe: Connection, setup: Setup) -> None:
     _die_with_parent()
     _redirect_output(Path(setup.log))
     _prepare_libraries(setup.device)
-    try:
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the supervisor is gone
         _serve(pipe, setup)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        os._exit(0)  # the supervisor is gone or said stop
+    util._exit_function()  # type: ignore[attr-defined]  # unlinks the semaphores that libraries (tqdm) made; os._exit would leave them to a warning
     os._exit(0)
 
 
@@ -76,8 +76,10 @@ def _prepare_libraries(device: Device) -> None:
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    backends: dict[str, Backend] = {}
     cache = OracleCache()
+    backends: dict[str, Backend] = {}
+    with suppress(MoecheckError):  # a spare has time for the imports; an error is told to whoever asks first
+        backends = discover(setup.plugins)
     send(pipe, {"ready": os.getpid()})
     while True:
         request = receive(pipe)
