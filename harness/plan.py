@@ -128,10 +128,13 @@ def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device:
 
 def platform_axes(platform: config.Platform, tier: config.Tier, backend: str) -> dict[str, list[int | str]]:
     """The levels a backend is planned over: the platform's; an axis that the tier names replaces it, then one that the
-    platform names for this backend."""
+    platform names for this backend. The edges of the tile the backend pads to are always among the tokens."""
     levels = platform.axes.levels()
     for more in (tier.axes, tier.platforms.get(platform.name), platform.backends.get(backend)):
         levels |= {} if more is None else more.levels()
+    if backend in platform.padding_alignment:
+        tile = platform.padding_alignment[backend].value
+        levels["tokens"] = sorted({*levels["tokens"], tile - 1, tile, tile + 1}, key=int)
     return levels
 
 

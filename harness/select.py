@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,3 @@ def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength
 
 def _combination(axes: Mapping[str, Any], group: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
     return tuple((name, axes[name]) for name in group)
-
-
-def matching(items: Iterable[Item], keep: Callable[[Item], bool]) -> list[Item]:
-    """The items a filter keeps, in plan order without repetition."""
-    return list(dict.fromkeys(item for item in items if keep(item)))

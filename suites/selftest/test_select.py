@@ -93,3 +93,13 @@ def test_a_named_case_goes_to_the_backends_that_take_it() -> None:
     items = plan.make(request(cases=(case,)), discover(), Device("cpu", "cpu")).items
     assert {Case.parse(item.case_id).id for item in items} == {case}
     assert {"torch_grouped_mm", "torch_compile"} <= {item.subject for item in items}
+
+
+@pytest.mark.parametrize("platform", config.names("platforms"))
+def test_the_edges_of_a_backends_tile_are_always_planned(platform: str) -> None:
+    """Bugs live at tile - 1 and tile + 1; a tier that names other tokens must not lose them."""
+    loaded = config.platform(platform)
+    for backend, alignment in loaded.padding_alignment.items():
+        tokens = platform_axes(loaded, config.tier("smoke"), backend)["tokens"]
+        assert {alignment.value - 1, alignment.value, alignment.value + 1} <= set(tokens)
+        assert backend in discover()
