@@ -230,3 +230,12 @@ def test_a_plain_format_says_that_it_saturates_and_does(name: str) -> None:
     fmt = get(name)
     assert fmt.saturates
     assert fmt.encode(torch.tensor([[1e39, -1e39]], dtype=torch.float64)).codes.isfinite().all()
+
+
+def test_a_floor_scale_stays_below_just_under_a_power_of_two() -> None:
+    """No bf16 value comes that close: only a float32 amax of all ones tells a floor from a rounding up."""
+    x = torch.zeros(1, 32)
+    x[0, 0] = torch.nextafter(torch.tensor(8.0), torch.tensor(0.0))
+    scales = get("mxfp4:ocp").encode(x).scales
+    assert scales is not None
+    assert scales.tolist() == [[127]]  # floor(log2 amax) - 2 = 0
