@@ -35,7 +35,7 @@ class _Watcher:
     def __init__(self, total: int, done: int, console: Console, verbose: bool) -> None:
         self.errors: list[str] = []
         self.stopped = ""
-        self._console, self._verbose, self._started, self._count = console, verbose, 0.0, 0
+        self._console, self._verbose, self._count = console, verbose, 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         self._bar.disable = not console.is_terminal
