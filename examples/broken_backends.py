@@ -27,7 +27,7 @@ def good(b: Buffers) -> Tensor:
     """A correct layer in eager torch: one expert after another, fp32 inside, bf16 out. ids [tokens, top_k]."""
     out = torch.zeros_like(b["x"], dtype=torch.float32)
     for expert in b["ids"].unique().tolist():
-        weight = torch.where(b["ids"] == expert, b["weights"], 0.0).sum(-1, keepdim=True)
+        weight = torch.where(b["ids"] == expert, b["topk_weights"], 0.0).sum(-1, keepdim=True)
         pre = b["x"].float() @ b["w13"][expert].float().T
         gate, up = pre.chunk(2, dim=-1)
         out += weight * ((torch.nn.functional.silu(gate) * up) @ b["w2"][expert].float().T)
@@ -47,7 +47,7 @@ def zeros(b: Buffers) -> Tensor:
 def expert_dropped(b: Buffers) -> Tensor:
     """A loop over experts that ends one too early."""
     last = int(b["ids"].max())
-    return good({**b, "weights": torch.where(b["ids"] == last, 0.0, b["weights"])})
+    return good({**b, "topk_weights": torch.where(b["ids"] == last, 0.0, b["topk_weights"])})
 
 
 def rows_permuted(b: Buffers) -> Tensor:
@@ -111,7 +111,7 @@ def broken(defect: Callable[[Buffers], Tensor]) -> Backend:
 
     def prepare(case: Case, inputs: Inputs) -> Launch:
         w13, w2 = inputs.stacked()
-        buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
+        buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
         return Launch(lambda: defect(buffers), buffers)
 
     return Backend(

@@ -5,30 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Device, Launch
+from harness.backends.base import Launch
 from harness.case import Case
 from harness.compare import compare
 from harness.inputs import Inputs
+from harness.memory import HUGE, NAN, RedZones, held, poisoned
 from harness.oracle import Expected
-from harness.verdict import Finding
+from harness.relations import CHECKS
+from harness.subject import Subject, bits, malformed, same
+from harness.verdict import Finding, Status
 from reference.formats import get
 
 Snapshot = dict[str, Tensor]
-
-
-def malformed(case: Case, output: object, device: Device) -> Finding | None:
-    """The output must be a tensor [tokens, hidden] of the recipe's out dtype on the case's device."""
-    if not isinstance(output, Tensor):
-        return Finding("output_type", f"returned {type(output).__name__}, wanted a tensor")
-    wanted = get(case.recipe.out).torch_dtype
-    shape = (case.shape.tokens, case.shape.hidden)
-    if tuple(output.shape) != shape:
-        return Finding("output_shape", f"returned shape {tuple(output.shape)}, wanted {shape}")
-    if output.dtype != wanted:
-        return Finding("output_dtype", f"returned {output.dtype}, wanted {wanted}")
-    if output.device.type != device.kind and case.shape.tokens != 0:
-        return Finding("output_device", f"returned a tensor on {output.device}, wanted {device.kind}")
-    return None
+# What a finding means; the relations add theirs (harness/relations.py).
+STATUS = {
+    "input_mutated": Status.CORRUPTING,
+    "red_zone": Status.CORRUPTING,
+    "out_overrun": Status.CORRUPTING,
+    "aliasing": Status.CORRUPTING,
+    "never_written": Status.WRONG,
+    "repeat": Status.UNSTABLE,
+    "poison": Status.UNSTABLE,
+    **{check.name: check.status for check in CHECKS},
+}
 
 
 def snapshot(inputs: Inputs, launch: Launch) -> Snapshot:
@@ -38,7 +37,7 @@ def snapshot(inputs: Inputs, launch: Launch) -> Snapshot:
 
 def mutated(before: Snapshot, inputs: Inputs, launch: Launch) -> Finding | None:
     """Names the inputs that differ, bit for bit, from their copies."""
-    changed = [n for n, t in _watched(inputs, launch).items() if not torch.equal(_bits(t), _bits(before[n]))]
+    changed = [n for n, t in _watched(inputs, launch).items() if not torch.equal(bits(t), bits(before[n]))]
     if not changed:
         return None
     return Finding("input_mutated", f"the call changed its input {', '.join(changed)}", {"tensors": changed})
@@ -49,19 +48,41 @@ def _watched(inputs: Inputs, launch: Launch) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in watched.items() if tensor.numel()}
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def unstable(first: Tensor, second: object) -> Finding | None:
-    """The same call on the same input must give the same bits, where the backend declares itself deterministic."""
-    if not isinstance(second, Tensor) or second.shape != first.shape or second.dtype != first.dtype:
-        return Finding("repeat", "the second call returned something of another type, shape or dtype")
-    again = second.detach().cpu()
-    differing = int((_bits(again) != _bits(first)).view(first.numel(), -1).any(-1).sum()) if first.numel() else 0
-    if not differing:
+def repeated(subject: Subject, zones: RedZones) -> Finding | None:
+    """The same call with another poison in whatever nobody wrote: the same bits are due where the backend declares itself
+    deterministic. A third call, with the first poison, tells a read of unwritten memory from a race."""
+    output = _call(subject, zones, HUGE)
+    if same(subject.result, output):
         return None
-    return Finding("repeat", f"{differing} of {first.numel()} elements differ between two calls on the same input")
+    if finding := malformed(subject.case, output, subject.device):
+        return Finding("repeat", f"the second call: {finding.text}")
+    assert isinstance(output, Tensor)
+    unwritten = int((held(subject.result, NAN) & held(output.cpu(), HUGE)).sum())
+    total = subject.result.numel()
+    if unwritten:
+        text = f"{unwritten} of {total} output elements are never written: they hold what memory held before"
+        return Finding("never_written", text, {"elements": unwritten})
+    differing = int((subject.result != output.cpu()).sum())
+    if same(subject.result, _call(subject, zones, NAN)):
+        text = f"{differing} of {total} elements depend on memory that nobody wrote: they change with its content"
+        return Finding("poison", text, {"elements": differing})
+    text = f"{differing} of {total} elements differ between two calls on the same input"
+    return Finding("repeat", text, {"elements": differing})
+
+
+def _call(subject: Subject, zones: RedZones, byte: int) -> object:
+    zones.fill(byte)
+    with poisoned(byte, subject.device):
+        return subject.run(subject.launch.call)
+
+
+def overrun(zones: RedZones) -> Finding | None:
+    """Names the buffers beside which the call wrote."""
+    broken = zones.broken()
+    if not broken:
+        return None
+    text = "; ".join(f"{name}: {where}" for name, where in broken.items())
+    return Finding("red_zone", f"the call wrote outside a buffer: {text}", {"buffers": sorted(broken)})
 
 
 def untrusted(case: Case, expected: Expected) -> str | None:

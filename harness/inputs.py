@@ -60,6 +60,11 @@ class Inputs:
         """float32 [tokens, top_k]."""
         return self.routing.weights.float()
 
+    @property
+    def local(self) -> range:
+        """The experts this rank holds: all, unless an expert-parallel shard is asked for."""
+        return range(self.case.shape.experts)
+
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
         shape = (self.case.shape.inter, self.case.shape.hidden)

@@ -1,6 +1,6 @@
 """START HERE: run(case, backend, device) -> Verdict. One case, one subject, in this process.
 
-    support -> inputs -> oracle -> prepare -> launch (twice) -> compare -> checks -> diagnosis
+    support -> inputs -> oracle -> prepare -> launch (twice, two poisons) -> compare -> relations -> diagnosis
 
 An exception of the subject is a verdict; an exception of ours propagates. Crashes and hangs are the worker's business.
 """
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from harness.backends.base import Backend, Device, Launch, checked_probe
 from harness.case import Case
-from harness.checks import malformed, mutated, snapshot, unstable, untrusted
+from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.inputs import Inputs, make_inputs
+from harness.memory import NAN, RedZones, poisoned
 from harness.oracle import Expected, expect
+from harness.relations import chosen
+from harness.subject import Subject, SubjectError, guarded, malformed, synchronised
+from harness.variants import copied
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -68,36 +72,23 @@ class OracleCache:
 
 
 def run(
-    case: Case, backend: Backend, device: Device, progress: Progress | None = None, cache: OracleCache | None = None
+    case: Case,
+    backend: Backend,
+    device: Device,
+    progress: Progress | None = None,
+    cache: OracleCache | None = None,
+    checks: int | None = None,
 ) -> Verdict:
-    """Judge one case on one subject."""
+    """Judge one case on one subject; `checks`: how many of the relations to ask, None for all that apply."""
     started = time.perf_counter()
     progress, cache = progress or Progress(), cache or OracleCache()
     try:
-        verdict = _judge(case, backend, device, progress, cache)
-    except _SubjectError as caught:
+        verdict = _judge(case, backend, device, progress, cache, checks)
+    except SubjectError as caught:
         verdict = _died(case, backend, progress.stage, caught.error)
     if verdict.status.failed:
         cache.forget()
     return replace(verdict, seconds=round(time.perf_counter() - started, 4))
-
-
-class _SubjectError(Exception):
-    """Carries what the subject raised past our own code."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-def _subject(call: Callable[[], object]) -> object:
-    """Run the subject's code; whatever it raises, sys.exit included, is its verdict."""
-    try:
-        return call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise _SubjectError(error) from error
 
 
 def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> Verdict:
@@ -108,7 +99,9 @@ def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> V
     return Verdict(case.id, backend.name, status, stage, f"{kind}: {text}", (finding,))
 
 
-def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache) -> Verdict:
+def _judge(
+    case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache, checks: int | None
+) -> Verdict:
     progress.at(Stage.SUPPORT)
     for support in (backend.supports(case, device), checked_probe(backend, device)):
         if not support.ok:
@@ -121,48 +114,65 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     if reason := untrusted(case, expected):
         return Verdict(case.id, backend.name, Status.UNTRUSTED, Stage.ORACLE, reason)
     progress.at(Stage.PREPARE)
-    launch = _subject(lambda: backend.prepare(case, inputs))
+    given = copied(inputs)
+    launch = guarded(lambda: backend.prepare(case, given))
     if not isinstance(launch, Launch):
         text = f"prepare() must return a Launch, got {type(launch).__name__}"
         return Verdict(case.id, backend.name, Status.CONTRACT, Stage.PREPARE, text, (Finding("prepare", text),))
-    before = snapshot(inputs, launch)
+    zones = RedZones()
+    zones.move(dict(launch.buffers))
+    before = snapshot(given, launch)
     progress.at(Stage.LAUNCH)
-    first = _subject(lambda: _launch(launch, device))
+    with poisoned(NAN, device):
+        first = guarded(lambda: synchronised(launch.call, device))
     if finding := malformed(case, first, device):
         return Verdict(case.id, backend.name, Status.MALFORMED, Stage.LAUNCH, finding.text, (finding,))
     assert isinstance(first, Tensor)
-    output = first.detach().cpu().clone()
-    finding = mutated(before, inputs, launch)
-    if finding is None and backend.deterministic:
-        second = _subject(lambda: _launch(launch, device))
-        finding = mutated(before, inputs, launch) or unstable(output, second)
+    subject = Subject(case, backend, device, inputs, expected, launch, first, first.detach().cpu().clone())
+    findings = _memory(subject, zones, before, given)
     progress.at(Stage.COMPARE)
-    return _conclude(case, backend, expected, output, [] if finding is None else [finding])
+    comparison = compare(expected, subject.result)
+    if comparison.agrees and not findings:
+        progress.at(Stage.RELATIONS)
+        findings = _relations(subject, checks)
+    return _conclude(subject, comparison, findings)
 
 
-def _launch(launch: Launch, device: Device) -> object:
-    output = launch.call()
-    if device.kind == "cuda":
-        torch.cuda.synchronize()  # so that a device error is this call's, not the next one's
-    return output
+def _memory(subject: Subject, zones: RedZones, before: Snapshot, given: Inputs) -> list[Finding]:
+    """What the first call and a second one left behind; the first kind of damage explains the rest."""
+
+    def damage() -> Finding | None:
+        return mutated(before, given, subject.launch) or overrun(zones)
+
+    finding = damage()
+    if finding is None and subject.backend.deterministic:
+        finding = repeated(subject, zones) or damage()
+    return [] if finding is None else [finding]
 
 
-def _conclude(case: Case, backend: Backend, expected: Expected, output: Tensor, findings: list[Finding]) -> Verdict:
-    comparison = compare(expected, output)
-    diagnosis = None if comparison.agrees else diagnose(expected, output, comparison)
+def _relations(subject: Subject, limit: int | None) -> list[Finding]:
+    for check in chosen(subject, limit):
+        if finding := check.run(subject):
+            return [finding]
+    return []
+
+
+def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:
+    diagnosis = None if comparison.agrees else diagnose(subject.expected, subject.result, comparison)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
-    return Verdict(case.id, backend.name, status, Stage.DONE, reason, tuple(findings), comparison, diagnosis)
+    name = subject.backend.name
+    return Verdict(subject.case.id, name, status, Stage.DONE, reason, tuple(findings), comparison, diagnosis)
 
 
 def _status(comparison: Comparison, findings: list[Finding]) -> Status:
     """Corrupting beats wrong: a changed input explains wrong values. Wrong beats unstable."""
-    checks = {f.check for f in findings}
-    if "input_mutated" in checks:
+    found = {STATUS[f.check] for f in findings}
+    if Status.CORRUPTING in found:
         return Status.CORRUPTING
-    if not comparison.agrees:
+    if not comparison.agrees or Status.WRONG in found:
         return Status.WRONG
-    return Status.UNSTABLE if checks else Status.PASSED
+    return Status.UNSTABLE if found else Status.PASSED
 
 
 def _reason(comparison: Comparison, diagnosis: Diagnosis | None, findings: list[Finding]) -> str:

@@ -36,11 +36,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request and the items it means."""
+    """A request and the items it means. checks: relations asked of each case, None for all that apply."""
 
     request: Request
     limit_s: float
     items: tuple[Item, ...]
+    checks: int | None = None
 
     @property
     def digest(self) -> str:
@@ -49,7 +50,8 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
-        data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "request": asdict(self.request)}
+        data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "checks": self.checks}
+        data["request"] = asdict(self.request)
         lines = [json.dumps(asdict(item)) for item in self.items]
         text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
         temporary = folder / f".{NAME}"
@@ -66,7 +68,7 @@ def load(folder: Path) -> Plan:
             raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()}
         request = Request(**given)
-        plan = Plan(request, float(data["limit_s"]), tuple(Item(**item) for item in data["items"]))
+        plan = Plan(request, float(data["limit_s"]), tuple(Item(**item) for item in data["items"]), data["checks"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error
     if plan.digest != data["digest"]:
@@ -87,7 +89,7 @@ def make(request: Request, backends: Mapping[str, Backend], device: Device, root
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
-    return Plan(request, request.limit_s or tier.limit_s, tuple(items))
+    return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks)
 
 
 def known_backend(name: str, backends: Mapping[str, Backend]) -> Backend:

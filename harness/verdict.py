@@ -17,8 +17,8 @@ class Status(StrEnum):
     PASSED = "PASSED"
     WRONG = "WRONG"  # values: beyond the derived bound, not bitwise equal where that is due, or not finite
     MALFORMED = "MALFORMED"  # not the tensor that was promised: shape, dtype, type
-    UNSTABLE = "UNSTABLE"  # the same call twice gave different bits, where the backend declares itself deterministic
-    CORRUPTING = "CORRUPTING"  # changed an input
+    UNSTABLE = "UNSTABLE"  # the result depends on what ran before, on memory nobody wrote, or on nothing (a race)
+    CORRUPTING = "CORRUPTING"  # wrote where it must not: an input, beside a buffer, an earlier result
     CRASHED = "CRASHED"  # exception after saying yes, signal, abort, exit
     HUNG = "HUNG"  # did not answer within the time limit
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -47,6 +47,7 @@ class Stage(StrEnum):
     PREPARE = "prepare"
     LAUNCH = "launch"
     COMPARE = "compare"
+    RELATIONS = "relations"
     DONE = "done"
 
 

@@ -51,11 +51,20 @@ YES = Support(True)
 
 @dataclass(frozen=True)
 class Launch:
-    """A prepared call. `call()` runs the kernel once and returns [tokens, hidden]; `buffers` are the tensors it reads:
-    the pipeline checks that they are the same afterwards."""
+    """A prepared call. `call()` runs the kernel once and returns [tokens, hidden].
+
+    buffers: the tensors it reads, moved between red zones and unchanged by a call. Those named x, logits, bias, ids and
+    topk_weights hold the step's data: `call` reads them every time, so that another step's data can be copied into them.
+    out(buffer): the same call into the caller's [tokens, hidden] buffer, where the entry point has an out argument.
+    capture(): records the call and returns its replay; None means a CUDA graph on CUDA and nothing elsewhere.
+    tactics: the same call under each tactic the library exposes.
+    """
 
     call: Callable[[], Tensor]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    out: Callable[[Tensor], object] | None = None
+    capture: Callable[[], Callable[[], Tensor]] | None = None
+    tactics: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def always(device: Device) -> Support:
@@ -71,6 +80,8 @@ class Backend:
     bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
     kernel that is handed top-k ids and weights. rounding(case): where it rounds. probe(device): can it run here at all,
     asked in the child. limits: what else it refuses, with the axes each limit looks at. prepare(case, inputs): pack and bind.
+    exempt: check of harness/relations.py -> why it is not promised here. expert_parallel: it reads `inputs.local`, skips the
+    slots of other ranks' experts and adds nothing for them.
     """
 
     name: str
@@ -85,6 +96,8 @@ class Backend:
     probe: Callable[[Device], Support] = always
     limits: tuple[Limit, ...] = ()
     summary: str = ""
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    expert_parallel: bool = False
 
     def supports(self, case: Case, device: Device) -> Support:
         """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""

@@ -74,11 +74,14 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         buffers[f"{name}_weights"] = torch.stack([_interleave([codes for codes, _ in halves]) for halves in matrices])
         if bits is not None:
             buffers[f"{name}_scales"] = torch.stack([_interleave([scales for _, scales in halves]) for halves in matrices])
-    if bits is not None and case.routing == "default":
-        # QMoE ignores normalize_routing_weights; it gathers the weights of its own top-k from here and takes them as they are
-        buffers["router_weights"] = inputs.logits.double().softmax(-1).float()
-    session = _session(_model(case, buffers))
-    return Launch(lambda: _run(session, buffers), buffers)
+    # QMoE ignores normalize_routing_weights; it gathers the weights of its own top-k from here and takes them as they are
+    weighted = bits is not None and case.routing == "default"
+
+    def given() -> dict[str, Tensor]:
+        return {**buffers, "router_weights": buffers["logits"].double().softmax(-1).float()} if weighted else buffers
+
+    session = _session(_model(case, given()))
+    return Launch(lambda: _run(session, given()), buffers)
 
 
 def _pack(matrix: Quantized, bits: int | None) -> tuple[Tensor, Tensor]:

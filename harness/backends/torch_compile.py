@@ -59,7 +59,7 @@ def compiled(activation: str, gated: bool) -> Callable[..., Tensor]:
 def prepare(case: Case, inputs: Inputs) -> Launch:
     """w13 [experts, 2 * inter, hidden] (gate rows first) and w2 [experts, hidden, inter] in the recipe's dtype."""
     w13, w2 = inputs.stacked()
-    buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
+    buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
     function = compiled(case.activation, w13.shape[1] > w2.shape[2])
     return Launch(lambda: function(*buffers.values()), buffers)
 

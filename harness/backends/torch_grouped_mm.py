@@ -43,7 +43,7 @@ def unaligned(case: Case) -> str | None:
 def prepare(case: Case, inputs: Inputs) -> Launch:
     """w13 [experts, hidden, 2 * inter] and w2 [experts, inter, hidden] as transposed views; tokens sorted by expert."""
     w13, w2 = inputs.stacked()
-    buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "weights": inputs.topk_weights}
+    buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
     gated = w13.shape[1] > w2.shape[2]
     return Launch(lambda: layer(buffers, case.activation, gated), buffers)
 
@@ -58,7 +58,7 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     pre = GROUPED_MM(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
     middle = _activate(pre.float(), activation, gated).to(pre.dtype)
     rows = GROUPED_MM(middle, b["w2"].transpose(-2, -1), offs=ends)
-    weighted = rows.float() * b["weights"].flatten()[order, None]
+    weighted = rows.float() * b["topk_weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)
 

@@ -103,5 +103,5 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
         return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
     case = Case.parse(str(request["judge"]))
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
-    verdict = run(case, backend, setup.device, progress, cache)
+    verdict = run(case, backend, setup.device, progress, cache, request.get("checks"))
     return {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}

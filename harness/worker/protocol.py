@@ -1,6 +1,6 @@
 """What supervisor and child say to each other: one JSON object a message, over a pipe.
 
-supervisor -> child   {"judge": case_id, "subject": name} | {"probe": name} | {"stop": true}
+supervisor -> child   {"judge": case_id, "subject": name, "checks": number or null} | {"probe": name} | {"stop": true}
 child -> supervisor   {"ready": pid} | {"stage": name} | {"verdict": {...}} | {"support": {...}}
                       | {"user_error": class, "text": ...} | {"bug": traceback}
 """

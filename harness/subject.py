@@ -1,0 +1,110 @@
+"""One case meeting one subject: prepare, launch, and what a subject raises kept apart from what we raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from harness.backends.base import Backend, Device, Launch
+from harness.case import Case
+from harness.compare import compare
+from harness.inputs import Inputs
+from harness.oracle import Expected, expect
+from harness.verdict import Finding
+from reference.formats import get
+
+T = TypeVar("T")
+
+
+class SubjectError(Exception):
+    """Carries what the subject raised past our own code."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def guarded(call: Callable[[], T]) -> T:
+    """Run the subject's code; whatever it raises, sys.exit included, is its verdict."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise SubjectError(error) from error
+
+
+@dataclass
+class Subject:
+    """A prepared subject and what it returned. output: the tensor of the first call itself; result: its copy on the CPU."""
+
+    case: Case
+    backend: Backend
+    device: Device
+    inputs: Inputs
+    expected: Expected
+    launch: Launch
+    output: Tensor
+    result: Tensor
+
+    def prepare(self, inputs: Inputs) -> Launch:
+        """A launch of the same backend on other inputs."""
+        return guarded(lambda: self.backend.prepare(inputs.case, inputs))
+
+    def run(self, call: Callable[[], object]) -> object:
+        """Call, and wait for the device, so that its error is this call's."""
+        return guarded(lambda: synchronised(call, self.device))
+
+    def expect(self, inputs: Inputs) -> Expected:
+        """What these inputs should give, under the same declared rounding."""
+        return expect(inputs.case, inputs, self.backend.rounding(inputs.case))
+
+    def judge(self, check: str, what: str, inputs: Inputs, output: object) -> Finding | None:
+        """A finding of `check` if `output` is not what the oracle expects of `inputs`; `what` names the call."""
+        if finding := malformed(inputs.case, output, self.device):
+            return Finding(check, f"{what}: {finding.text}")
+        assert isinstance(output, Tensor)
+        comparison = compare(self.expect(inputs), output.detach().cpu())
+        if comparison.agrees:
+            return None
+        share = f"{comparison.beyond} of {comparison.total} elements beyond the bound, worst z {comparison.worst:.3g}"
+        return Finding(check, f"{what} is wrong: {share}", {"beyond": comparison.beyond, "rows": comparison.rows_hit})
+
+
+def synchronised(call: Callable[[], object], device: Device) -> object:
+    """The call's result once the device is done with it."""
+    output = call()
+    if device.kind == "cuda":
+        torch.cuda.synchronize()
+    return output
+
+
+def malformed(case: Case, output: object, device: Device) -> Finding | None:
+    """The output must be a tensor [tokens, hidden] of the recipe's out dtype on the case's device."""
+    if not isinstance(output, Tensor):
+        return Finding("output_type", f"returned {type(output).__name__}, wanted a tensor")
+    wanted = get(case.recipe.out).torch_dtype
+    shape = (case.shape.tokens, case.shape.hidden)
+    if tuple(output.shape) != shape:
+        return Finding("output_shape", f"returned shape {tuple(output.shape)}, wanted {shape}")
+    if output.dtype != wanted:
+        return Finding("output_dtype", f"returned {output.dtype}, wanted {wanted}")
+    if output.device.type != device.kind and case.shape.tokens != 0:
+        return Finding("output_device", f"returned a tensor on {output.device}, wanted {device.kind}")
+    return None
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def same(first: Tensor, second: object) -> bool:
+    """Bit for bit equal tensors of one shape and dtype, wherever they live."""
+    if not isinstance(second, Tensor) or second.shape != first.shape or second.dtype != first.dtype:
+        return False
+    return torch.equal(bits(first.cpu()), bits(second.cpu()))

@@ -1,0 +1,132 @@
+"""Other inputs made from a case's inputs, of which the reference knows the answer as well: the operands of the relations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from harness.inputs import Inputs, make_inputs
+from reference.format import Quantized
+from reference.routing import RULES, Routing
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """The same values in tensors of their own: what a subject is handed, so that it cannot write to the judge's."""
+    tensors = {"x": inputs.x.clone(), "logits": inputs.logits.clone()}
+    if inputs.bias is not None:
+        tensors["bias"] = inputs.bias.clone()
+    routing = replace(inputs.routing, ids=inputs.routing.ids.clone(), weights=inputs.routing.weights.clone())
+    if isinstance(inputs, Handed):
+        return replace(inputs, **tensors, handed=routing)  # type: ignore[arg-type]
+    fresh = replace(inputs, **tensors)  # type: ignore[arg-type]
+    fresh.__dict__["routing"] = routing  # fills the cached property
+    return fresh
+
+
+def permuted(inputs: Inputs) -> Inputs:
+    """The same tokens in reverse order, rotated by a third: no token of three or more keeps its place."""
+    tokens = inputs.case.shape.tokens
+    return take(inputs, torch.arange(tokens, device=inputs.x.device).flip(0).roll(tokens // 3))
+
+
+def take(inputs: Inputs, rows: Tensor) -> Inputs:
+    """The tokens `rows` (int64), in that order, of the same layer."""
+    case = inputs.case.vary(tokens=len(rows))
+    return replace(inputs, case=case, x=inputs.x[rows].contiguous(), logits=inputs.logits[rows].contiguous())
+
+
+def replaced(inputs: Inputs, **tensors: Tensor) -> Inputs:
+    """The same inputs with some tensors in another place."""
+    return replace(inputs, **tensors)  # type: ignore[arg-type]
+
+
+def other_tokens(inputs: Inputs) -> Inputs:
+    """Other activations and other logits for the same layer."""
+    return make_inputs(inputs.case, inputs.device, variant="/other")
+
+
+def other_weights(inputs: Inputs) -> Inputs:
+    """The same case with the next seed: other weights, activations and logits of the same shapes."""
+    return make_inputs(inputs.case.vary(seed=inputs.case.seed + 1), inputs.device)
+
+
+@dataclass(frozen=True)
+class Relabelled(Inputs):
+    """The experts under other numbers: expert e here is expert order[e] of the case."""
+
+    order: tuple[int, ...] = ()
+
+    def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+        """See Inputs."""
+        return super().gate_up(self.order[expert])
+
+    def down(self, expert: int) -> Quantized:
+        """See Inputs."""
+        return super().down(self.order[expert])
+
+
+def relabelled(inputs: Inputs) -> Inputs:
+    """Experts in reverse order within their group, logits and bias with them."""
+    experts, groups = inputs.case.shape.experts, RULES[inputs.case.routing].groups[0]
+    order = torch.arange(experts).view(groups, -1).flip(1).flatten()
+    bias = None if inputs.bias is None else inputs.bias[order.to(inputs.bias.device)]
+    given = {f.name: getattr(inputs, f.name) for f in fields(Inputs)}
+    given |= {"logits": inputs.logits[:, order.to(inputs.logits.device)].contiguous(), "bias": bias}
+    return Relabelled(**given, order=tuple(order.tolist()))
+
+
+@dataclass(frozen=True)
+class Handed(Inputs):
+    """Inputs whose routing was decided elsewhere. handed: as the judge counts it; given_weights float32 [tokens, top_k]: as
+    the kernel gets them, where that differs; local: the experts this rank holds."""
+
+    handed: Routing | None = None
+    given_weights: Tensor | None = None
+    local: range = range(0)
+
+    @property
+    def routing(self) -> Routing:
+        """The routing that was handed over."""
+        assert self.handed is not None
+        return self.handed
+
+    @property
+    def topk_weights(self) -> Tensor:
+        """float32 [tokens, top_k]."""
+        return self.routing.weights.float() if self.given_weights is None else self.given_weights
+
+
+def _handed(inputs: Inputs, routing: Routing, given_weights: Tensor | None = None, local: range | None = None) -> Inputs:
+    given = {f.name: getattr(inputs, f.name) for f in fields(Inputs)}
+    return Handed(**given, handed=routing, given_weights=given_weights, local=inputs.local if local is None else local)
+
+
+def zero_weight(inputs: Inputs) -> Inputs:
+    """Every second token's first expert has routing weight 0."""
+    weights = inputs.routing.weights.clone()
+    weights[::2, 0] = 0
+    return _handed(inputs, replace(inputs.routing, weights=weights))
+
+
+def duplicate_expert(inputs: Inputs) -> Inputs:
+    """Every second token names its first expert twice. The judge counts it once with both weights: two equal rows carry equal
+    errors, which do not average out."""
+    ids, weights = inputs.routing.ids.clone(), inputs.routing.weights.clone()
+    ids[::2, -1] = ids[::2, 0]
+    weights[::2, 0] += weights[::2, -1]
+    weights[::2, -1] = 0
+    return _handed(inputs, replace(inputs.routing, ids=ids, weights=weights), inputs.topk_weights)
+
+
+def shards(inputs: Inputs) -> tuple[Inputs, ...]:
+    """Two uneven ranks. A rank sees every id and weight; the judge counts another rank's experts with weight 0."""
+    experts = inputs.case.shape.experts
+    cut = max(1, experts // 3)
+    found = []
+    for local in (range(cut), range(cut, experts)):
+        mine = (inputs.routing.ids >= local.start) & (inputs.routing.ids < local.stop)
+        routing = replace(inputs.routing, weights=torch.where(mine, inputs.routing.weights, 0.0))
+        found.append(_handed(inputs, routing, inputs.topk_weights, local))
+    return tuple(found)
