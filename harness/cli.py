@@ -42,7 +42,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def _absolute(paths: list[str] | None) -> list[str]:
     """Plans and rerun lines must work from any folder."""
-    return [str(Path(path).absolute()) for path in paths or ()]
+    return [str(Path(path).absolute()) if path.endswith(".py") or "/" in path else path for path in paths or ()]
 
 
 Platform = Annotated[str | None, typer.Option(help="Platform file under configs/platforms; default: this machine's.")]
@@ -51,7 +51,8 @@ Backends = Annotated[list[str] | None, typer.Option("--backend", "-b", help="Bac
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Operation to judge; repeatable.")]
 Cases = Annotated[list[str] | None, typer.Option("--case", "-c", help="Case id, or a pattern with *; repeatable.")]
 Plugins = Annotated[
-    list[str] | None, typer.Option("--plugin", callback=_absolute, help="Python file that defines BACKENDS; repeatable.")
+    list[str] | None,
+    typer.Option("--plugin", callback=_absolute, help="Python file or module that defines BACKENDS or FAULTS; repeatable."),
 ]
 
 

@@ -99,9 +99,7 @@ def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> V
     return Verdict(case.id, backend.name, status, stage, f"{kind}: {text}", (finding,))
 
 
-def _judge(
-    case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache, checks: int | None
-) -> Verdict:
+def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache, checks: int | None) -> Verdict:
     progress.at(Stage.SUPPORT)
     for support in (backend.supports(case, device), checked_probe(backend, device)):
         if not support.ok:

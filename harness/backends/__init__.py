@@ -42,7 +42,9 @@ def _modules(plugins: Iterable[str]) -> Iterable[tuple[str, ModuleType]]:
 
 
 def load_file(path: str) -> ModuleType:
-    """Import a plugin file; PluginError if it is missing or raises."""
+    """Import a plugin, a FILE.py or a dotted module name; PluginError if it is missing or raises."""
+    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path) and not path.endswith(".py"):
+        return _guarded(f"plugin {path}", lambda: importlib.import_module(path))
     file = Path(path)
     if not file.is_file():
         raise PluginError(f"plugin {path}: no such file")
@@ -71,9 +73,13 @@ def _guarded(origin: str, load: object) -> ModuleType:
 
 
 def _declared(origin: str, module: ModuleType) -> tuple[Backend, ...]:
-    declared = getattr(module, "BACKENDS", None)
-    if not isinstance(declared, tuple) or not declared or not all(isinstance(b, Backend) for b in declared):
+    declared = getattr(module, "BACKENDS", ())
+    faults = getattr(module, "FAULTS", ())
+    if not isinstance(declared, tuple) or not isinstance(faults, tuple) or not (declared or faults):
         raise PluginError(f"{origin}: declares no backends; wanted BACKENDS = (Backend(...), ...), got {declared!r:.80}")
+    declared = (*declared, *(getattr(fault, "backend", fault) for fault in faults))
+    if not all(isinstance(b, Backend) for b in declared):
+        raise PluginError(f"{origin}: wanted BACKENDS of Backend and FAULTS of Fault, got {declared!r:.80}")
     for backend in declared:
         _check_names(origin, backend)
     return declared

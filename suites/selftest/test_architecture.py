@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
-CORE = ("case", "checks", "compare", "diagnose", "errors", "fills", "hashing", "inputs", "known", "memory", "oracle", "relations")
+CORE = (
+    "case",
+    "checks",
+    "compare",
+    "diagnose",
+    "errors",
+    "fills",
+    "hashing",
+    "inputs",
+    "known",
+    "memory",
+    "oracle",
+    "relations",
+)
 CORE += ("select", "subject", "variants", "verdict")
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
 PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.inputs"}

@@ -1,0 +1,95 @@
+"""From verdicts on a planted fault to its score: which lane killed it, how soon, and what the diagnosis called it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from harness.faults.fault import Fault
+from harness.relations import CHECKS
+from harness.select import Item
+from harness.verdict import Status, Verdict
+
+LANES = ("exact", "real", "mean z2", "state", "memory", "relation", "contract", "isolation")
+MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written", "poison")
+ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
+STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
+ENOUGH = 3  # kills of one lane after which more of the same say nothing new
+
+
+def lanes(verdict: Verdict) -> set[str]:
+    """The lanes that rejected the subject in this verdict; empty if it passed or was skipped."""
+    if not verdict.status.failed:
+        return set()
+    if verdict.status in ISOLATED:
+        return {"isolation"}
+    if verdict.status in (Status.MALFORMED, Status.CONTRACT):
+        return {"contract"}
+    found = {"memory" if f.check in MEMORY else "state" if f.check in STATE else "relation" for f in verdict.findings}
+    if verdict.comparison is not None and not verdict.comparison.agrees:
+        beyond = verdict.comparison.beyond or verdict.comparison.nonfinite
+        found.add(verdict.comparison.lane if beyond else "mean z2")
+    return found
+
+
+def said(verdict: Verdict) -> str:
+    """What the verdict calls the error: its diagnosis, else its first finding, else its status."""
+    if verdict.diagnosis is not None:
+        return verdict.diagnosis.kind
+    return verdict.findings[0].check if verdict.findings else verdict.status.lower()
+
+
+@dataclass
+class Score:
+    """One fault's record. killed: lane -> verdicts that rejected it; first: the case of the first kill, `after` so many
+    verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses that are not true of it."""
+
+    fault: Fault
+    verdicts: int = 0
+    kills: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+    after: int = 0
+    seconds: float = 0.0
+    names: Counter[str] = field(default_factory=Counter)
+    lies: dict[str, str] = field(default_factory=dict)
+
+    def add(self, verdict: Verdict) -> None:
+        """Count one verdict; UNTRUSTED ones are nobody's kill."""
+        if verdict.status.skipped or verdict.status is Status.UNTRUSTED:
+            return
+        self.verdicts += 1
+        if not self.first:
+            self.seconds += verdict.seconds
+        if not verdict.status.failed:
+            return
+        self.kills += 1
+        self.killed.update(lanes(verdict))
+        if not self.first:
+            self.first, self.after = verdict.case_id, self.verdicts
+        name = said(verdict)
+        self.names[name] += 1
+        if verdict.diagnosis is not None and name not in (*self.fault.expect, "unexplained"):
+            self.lies.setdefault(name, verdict.case_id)
+
+    @property
+    def done(self) -> bool:
+        """True once both fills have rejected it often enough."""
+        return min(self.killed["exact"], max(self.killed["real"], self.killed["mean z2"])) >= ENOUGH
+
+    @property
+    def named(self) -> bool:
+        """True iff most of the killing verdicts that name something name it truthfully, and none lies."""
+        right = sum(self.names[kind] for kind in self.fault.expect)
+        return not self.lies and 2 * right > self.kills - self.names["unexplained"] > 0
+
+
+def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdict], thorough: bool = False) -> Score:
+    """Judge the fault on the clean twin's plan until it is done, or to the end if `thorough`."""
+    result = Score(fault)
+    for item in items:
+        result.add(judge(item.case_id, fault.name))
+        if result.done and not thorough:
+            break
+    return result
