@@ -43,6 +43,13 @@ class Progress:
         self.report(stage)
 
 
+@dataclass(frozen=True)
+class Options:
+    """checks: how many relations to ask of a case, None for all that apply."""
+
+    checks: int | None = None
+
+
 @dataclass
 class OracleCache:
     """Inputs of the last case and its expectation per declared rounding: neighbours in a plan share them, until one of
@@ -77,13 +84,13 @@ def run(
     device: Device,
     progress: Progress | None = None,
     cache: OracleCache | None = None,
-    checks: int | None = None,
+    options: Options | None = None,
 ) -> Verdict:
-    """Judge one case on one subject; `checks`: how many of the relations to ask, None for all that apply."""
+    """Judge one case on one subject."""
     started = time.perf_counter()
     progress, cache = progress or Progress(), cache or OracleCache()
     try:
-        verdict = _judge(case, backend, device, progress, cache, checks)
+        verdict = _judge(case, backend, device, progress, cache, options or Options())
     except SubjectError as caught:
         verdict = _died(case, backend, progress.stage, caught.error)
     if verdict.status.failed:
@@ -99,7 +106,7 @@ def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> V
     return Verdict(case.id, backend.name, status, stage, f"{kind}: {text}", (finding,))
 
 
-def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache, checks: int | None) -> Verdict:
+def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cache: OracleCache, options: Options) -> Verdict:
     progress.at(Stage.SUPPORT)
     for support in (backend.supports(case, device), checked_probe(backend, device)):
         if not support.ok:
@@ -132,7 +139,7 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     comparison = compare(expected, subject.result)
     if comparison.agrees and not findings:
         progress.at(Stage.RELATIONS)
-        findings = _relations(subject, checks)
+        findings = _relations(subject, options.checks)
     return _conclude(subject, comparison, findings)
 
 

@@ -82,6 +82,7 @@ BACKENDS = (
         probe=probe,
         limits=(Limit(("hidden", "inter"), unaligned),),
         prepare=prepare,
+        exempt={"graph": "torch.bincount reads its result's size on the host"},
         summary="bf16 grouped GEMMs of torch with eager torch around them",
     ),
 )

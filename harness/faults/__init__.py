@@ -11,7 +11,7 @@ import pkgutil
 from harness.errors import PluginError
 from harness.faults.fault import Fault
 
-TOOLS = ("fault", "score", "rules", "mde", "wrong_layers", "matrix")  # files here that plant nothing
+TOOLS = ("fault", "patched", "score", "rules", "mde", "wrong_layers", "matrix")  # files here that plant nothing
 
 
 def _collect() -> tuple[Fault, ...]:

@@ -21,7 +21,7 @@ from harness.backends.base import Backend, Device, checked_probe
 from harness.case import Case
 from harness.device import environment
 from harness.errors import MoecheckError, UnknownName
-from harness.pipeline import OracleCache, Progress, run
+from harness.pipeline import Options, OracleCache, Progress, run
 from harness.worker.protocol import Message, receive, send
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -87,7 +87,10 @@ def _serve(pipe: Connection, setup: Setup) -> None:
             return
         try:
             backends = backends or discover(setup.plugins)
-            send(pipe, _answer(request, backends, setup, pipe, cache))
+            reply = _answer(request, backends, setup, pipe, cache)
+            send(pipe, reply)
+            if reply.get("retire"):
+                return
         except MoecheckError as error:
             send(pipe, {"user_error": type(error).__name__, "text": str(error)})
         except Exception:
@@ -103,5 +106,17 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
         return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
     case = Case.parse(str(request["judge"]))
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
-    verdict = run(case, backend, setup.device, progress, cache, request.get("checks"))
-    return {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
+    verdict = run(case, backend, setup.device, progress, cache, Options(request.get("checks")))
+    reply = {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
+    return {**reply, "retire": True} if verdict.status.failed and _sticky(setup.device) else reply
+
+
+def _sticky(device: Device) -> bool:
+    """A CUDA context that has seen an illegal access answers every call with that error until its process is gone."""
+    if device.kind != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

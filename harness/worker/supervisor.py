@@ -103,6 +103,8 @@ class Supervisor:
             environment = self._environments.get(subject) or self.probe(subject)[1]
             verdict = _verdict_of_death(case, subject, reply, self.limit_s)
             return replace(verdict, environment=environment, seconds=seconds, plugins=plugins)
+        if reply.get("retire"):
+            self._replace()
         self._environments[subject] = dict(reply["environment"])
         extra = {"environment": reply["environment"], "seconds": seconds, "plugins": list(plugins)}
         return Verdict.from_json({**reply["verdict"], **extra})
@@ -128,11 +130,14 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 os.kill(child.process.pid, signal.SIGUSR1)
             child.process.join(timeout=GRACE_S)
-        exit_code = child.process.exitcode
-        self._kill(child)
-        death = _Death(stage, exit_code, hung, self._tail(mark))
-        self._child, self._spare = self._spare or self._start(), None
+        death = _Death(stage, child.process.exitcode, hung, self._tail(mark))
+        self._replace()
         return death
+
+    def _replace(self) -> None:
+        """The spare takes over."""
+        self._kill(self._child)
+        self._child, self._spare = self._spare or self._start(), None
 
     def _alive(self) -> _Child:
         """The current child, ready; a spare is started behind it."""
