@@ -1,4 +1,4 @@
-"""The command line: doctor, list, run, repro.
+"""The command line: doctor, list, run, repro, faults.
 
 Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
 """
@@ -21,6 +21,7 @@ from harness import __version__, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
+from harness.cli_faults import faults
 from harness.device import detect, driver_version, gpus, version
 from harness.errors import MoecheckError
 from harness.known import mark
@@ -120,6 +121,9 @@ def repro(
             out.print(explain(verdict), markup=False)
             failed |= verdict.status.failed
     raise typer.Exit(KERNEL_FAILED if failed else CLEAN)
+
+
+app.command()(faults)
 
 
 @app.command()

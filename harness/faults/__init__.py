@@ -10,8 +10,9 @@ import pkgutil
 
 from harness.errors import PluginError
 from harness.faults.fault import Fault
+from harness.twins import TWINS
 
-TOOLS = ("fault", "patched", "score", "rules", "mde", "wrong_layers", "matrix")  # files here that plant nothing
+TOOLS = ("campaign", "fault", "patched", "score", "rules", "mde", "wrong_layers", "matrix")  # files here that plant nothing
 
 
 def _collect() -> tuple[Fault, ...]:
@@ -29,3 +30,4 @@ def _collect() -> tuple[Fault, ...]:
 
 
 FAULTS = _collect()
+BACKENDS = tuple(twin.backend() for twin in TWINS)  # the clean subjects

@@ -14,6 +14,7 @@ from harness.verdict import Status, Verdict
 LANES = ("exact", "real", "mean z2", "state", "memory", "relation", "contract", "isolation")
 MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written", "poison")
 ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
+LITERAL = ("zeros", "non_finite", "never_written")  # what a reader sees in the output itself: never a lie
 STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
 ENOUGH = 3  # kills of one lane after which more of the same say nothing new
 
@@ -70,7 +71,7 @@ class Score:
             self.first, self.after = verdict.case_id, self.verdicts
         name = said(verdict)
         self.names[name] += 1
-        if verdict.diagnosis is not None and name not in (*self.fault.expect, "unexplained"):
+        if verdict.diagnosis is not None and name not in (*self.fault.expect, *LITERAL, "unexplained"):
             self.lies.setdefault(name, verdict.case_id)
 
     @property

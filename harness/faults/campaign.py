@@ -1,0 +1,133 @@
+"""Runs a tier's plan against planted faults and against the clean subjects, in worker processes."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import TypeVar
+
+from harness import config, plan
+from harness.backends import load_file
+from harness.backends.base import Backend, Device
+from harness.case import Case
+from harness.errors import PluginError, SelectionError
+from harness.faults import FAULTS
+from harness.faults.fault import Fault
+from harness.faults.score import Score, score
+from harness.select import Item
+from harness.verdict import Status, Verdict
+from harness.worker.supervisor import Supervisor
+
+T = TypeVar("T")
+R = TypeVar("R")
+PLUGIN = "harness.faults"
+LIMIT_S = 20.0  # a clean twin's slowest case of tier ci takes 3 s on a busy core; a fault that hangs costs this, three times
+SHUFFLE = 0  # seed of the order of a plan: neighbours in the list are alike, and a fault should meet different cases soon
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A clean subject on its plan: how many verdicts, and those that failed."""
+
+    subject: str
+    verdicts: int
+    alarms: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What to run: the platform's device, the tier, plugins with more faults, parallel workers, all verdicts or enough."""
+
+    platform: str
+    device: Device
+    tier: str
+    plugins: tuple[str, ...] = ()
+    jobs: int = 1
+    thorough: bool = False
+
+    def faults(self) -> tuple[Fault, ...]:
+        """Ours and the plugins', those that this device can run."""
+        found = list(FAULTS)
+        for path in self.plugins:
+            more = getattr(load_file(path), "FAULTS", ())
+            if not isinstance(more, tuple) or not all(isinstance(f, Fault) for f in more):
+                raise PluginError(f"plugin {path}: wanted FAULTS = (Fault(...), ...), got {more!r:.80}")
+            found += more
+        return tuple(f for f in found if not f.backend.archs or self.device.arch in f.backend.archs)
+
+    def items(self, clean: Backend) -> tuple[Item, ...]:
+        """The clean subject's plan, shuffled."""
+        items = list(plan.make(plan.Request(self.platform, self.tier), {clean.name: clean}, self.device).items)
+        random.Random(SHUFFLE).shuffle(items)
+        return tuple(items)
+
+    def clean_runs(self, faults: Iterable[Fault]) -> Iterator[CleanRun]:
+        """Every clean subject of `faults` on its whole plan."""
+        subjects = {fault.clean.name: fault.clean for fault in faults}
+
+        def one(worker: Supervisor, clean: Backend) -> CleanRun:
+            verdicts = [worker.judge(Case.parse(item.case_id), clean.name) for item in self.items(clean)]
+            judged = [v for v in verdicts if not v.status.skipped]
+            return CleanRun(clean.name, len(judged), tuple(v for v in judged if v.status.failed))
+
+        yield from self._spread(one, list(subjects.values()))
+
+    def scores(self, faults: Iterable[Fault]) -> Iterator[Score]:
+        """The score of every fault, as they come."""
+        plans: dict[str, tuple[Item, ...]] = {}
+        for fault in faults:
+            if fault.clean.name not in plans:
+                plans[fault.clean.name] = self.items(fault.clean)
+
+        def one(worker: Supervisor, fault: Fault) -> Score:
+            def judge(case_id: str, subject: str) -> Verdict:
+                return worker.judge(Case.parse(case_id), subject)
+
+            return score(fault, plans[fault.clean.name], judge, self.thorough)
+
+        yield from self._spread(one, list(faults))
+
+    def _spread(self, one: Callable[[Supervisor, T], R], work: list[T]) -> Iterator[R]:
+        """one(worker, item) for every item, on `jobs` workers, in the order of `work`."""
+        if not work:
+            raise SelectionError("no fault is planted in a subject that runs on this device; see moecheck faults --list")
+        free: Queue[Supervisor] = Queue()
+
+        def task(item: T) -> R:
+            worker = free.get()
+            try:
+                return one(worker, item)
+            finally:
+                free.put(worker)
+
+        with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, ThreadPoolExecutor(self.jobs) as pool:
+            with _workers(self, Path(logs)) as workers:
+                for worker in workers:
+                    free.put(worker)
+                yield from pool.map(task, work)
+
+
+@contextmanager
+def _workers(campaign: Campaign, logs: Path) -> Iterator[list[Supervisor]]:
+    found: list[Supervisor] = []
+    try:
+        for number in range(campaign.jobs):
+            folder = logs / str(number)
+            folder.mkdir()
+            found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, LIMIT_S))
+            found[-1].checks = config.tier(campaign.tier).checks
+        yield found
+    finally:
+        for worker in found:
+            worker.close()
+
+
+def untrusted(runs: Iterable[CleanRun]) -> list[Verdict]:
+    """The alarms that say the case is worthless, not that the kernel is wrong."""
+    return [v for run in runs for v in run.alarms if v.status is Status.UNTRUSTED]
