@@ -29,13 +29,14 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score and the matrix.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the planted faults; run nothing.")] = False,
     clean: Annotated[bool, typer.Option(help="Run the clean subjects too.")] = True,
+    jobs: Annotated[int | None, typer.Option(help="Workers; default: the cores of a CPU up to 4, one on a GPU.", min=1)] = None,
 ) -> None:
     """Run a tier's plan against every planted historical bug: the kill matrix."""
     out = Console(soft_wrap=True, highlight=False)
     plugins = tuple(str(Path(p).absolute()) if p.endswith(".py") else p for p in plugin or ())
     device = device_of(platform or detected_platform())
-    jobs = min(4, os.cpu_count() or 1) if device.kind == "cpu" else 1  # one case in flight per GPU
-    campaign = Campaign(device.arch, device, tier, plugins, jobs, thorough)
+    workers = jobs or (min(4, os.cpu_count() or 1) if device.kind == "cpu" else 1)
+    campaign = Campaign(device.arch, device, tier, plugins, workers, thorough)
     chosen = _chosen(campaign.faults(), fault or [])
     if list_only:
         for one in chosen:

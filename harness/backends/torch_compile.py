@@ -40,7 +40,7 @@ def dense_layer(activation: str, gated: bool) -> Callable[..., Tensor]:
 
     def layer(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         experts = w13.shape[0]
-        per_expert = torch.zeros(x.shape[0], experts, device=x.device).scatter(1, ids, weights)
+        per_expert = torch.zeros(x.shape[0], experts, device=x.device).scatter_add(1, ids, weights)
         pre = torch.bmm(x.expand(experts, -1, -1), w13.transpose(1, 2)).float()
         middle = function(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1] if gated else function(pre)
         rows = torch.bmm(middle.to(x.dtype), w2.transpose(1, 2)).float()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from harness.case import Case
 from harness.faults.fault import Fault
 from harness.relations import CHECKS
 from harness.select import Item
@@ -16,7 +17,7 @@ MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written
 ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
 LITERAL = ("zeros", "non_finite", "never_written")  # what a reader sees in the output itself: never a lie
 STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
-ENOUGH = 3  # kills of one lane after which more of the same say nothing new
+ENOUGH = 3  # kills in each fill after which more of the same say nothing new
 
 
 def lanes(verdict: Verdict) -> set[str]:
@@ -43,8 +44,8 @@ def said(verdict: Verdict) -> str:
 
 @dataclass
 class Score:
-    """One fault's record. killed: lane -> verdicts that rejected it; first: the case of the first kill, `after` so many
-    verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses that are not true of it."""
+    """One fault's record. killed: lane -> verdicts that rejected it; fills: the same by fill; first: the case of the first
+    kill, `after` so many verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses untrue of it."""
 
     fault: Fault
     verdicts: int = 0
@@ -55,6 +56,7 @@ class Score:
     seconds: float = 0.0
     names: Counter[str] = field(default_factory=Counter)
     lies: dict[str, str] = field(default_factory=dict)
+    fills: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: Verdict) -> None:
         """Count one verdict; UNTRUSTED ones are nobody's kill."""
@@ -66,6 +68,7 @@ class Score:
         if not verdict.status.failed:
             return
         self.kills += 1
+        self.fills[Case.parse(verdict.case_id).fill] += 1
         self.killed.update(lanes(verdict))
         if not self.first:
             self.first, self.after = verdict.case_id, self.verdicts
@@ -76,8 +79,8 @@ class Score:
 
     @property
     def done(self) -> bool:
-        """True once both fills have rejected it often enough."""
-        return min(self.killed["exact"], max(self.killed["real"], self.killed["mean z2"])) >= ENOUGH
+        """True once cases of both fills have rejected it often enough."""
+        return min(self.fills["exact"], self.fills["real"]) >= ENOUGH
 
     @property
     def named(self) -> bool:
