@@ -27,6 +27,7 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     plugin: Annotated[list[str] | None, typer.Option(help="Python file or module that defines FAULTS; repeatable.")] = None,
     thorough: Annotated[bool, typer.Option(help="Judge every case even when a fault is long dead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score and the matrix.")] = None,
+    page: Annotated[Path | None, typer.Option("--markdown", help="Write the matrix as a page.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the planted faults; run nothing.")] = False,
     clean: Annotated[bool, typer.Option(help="Run the clean subjects too.")] = True,
     jobs: Annotated[int | None, typer.Option(help="Workers; default: the cores of a CPU up to 4, one on a GPU.", min=1)] = None,
@@ -49,6 +50,8 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
         out.print(f"{'killed  ' if score.kills else 'SURVIVED'} {score.fault.name}  {matrix.called_as(score)}", markup=False)
     if json_file is not None:
         json_file.write_text(json.dumps(matrix.as_json(scores, runs), indent=1) + "\n")
+    if page is not None:
+        page.write_text(matrix.markdown(scores, runs, f"moecheck faults --platform {device.arch} --tier {tier}"))
     Console(width=180, highlight=False, file=out.file, force_terminal=out.is_terminal).print(matrix.table(scores))
     for line in matrix.summary(scores, runs):
         out.print(line, markup=False)

@@ -87,3 +87,22 @@ def as_json(scores: Iterable[Score], runs: Iterable[CleanRun]) -> dict[str, Any]
         "clean_verdicts": sum(r.verdicts for r in runs),
         "matrix": matrix,
     }
+
+
+def markdown(scores: Sequence[Score], runs: Sequence[CleanRun], command: str) -> str:
+    """The page: how it was made, the sentences, the matrix with a link to every bug's thread."""
+    lines = [
+        "# Planted bugs and what catches them",
+        "",
+        f"Made by `{command}`. One row is one real bug, planted with its mechanism;",
+    ]
+    lines += ["numbers are verdicts of that lane that rejected it before the run moved on to the next fault.", ""]
+    lines += [f"- {text}" for text in summary(scores, runs)]
+    header = ["bug", "mechanism", *LANES, "first kill", "called"]
+    lines += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for s in scores:
+        cells = [f"[{s.fault.bug}]({s.fault.thread})", s.fault.text.replace("|", "\\|")]
+        cells += [str(s.killed[lane] or "") for lane in LANES]
+        cells += [f"verdict {s.after}, {s.seconds:.1f} s" if s.kills else "**survived**", called_as(s)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
