@@ -10,18 +10,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from harness import config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
-from harness.errors import MoecheckError, UnknownName
+from harness.errors import MoecheckError, SelectionError, UnknownName
 from harness.faults.audit import Subject, audit, subject_of
 from harness.faults.input_models import INPUT_MODELS, InputModel
+from harness.faults.mde import table
 from harness.faults.rules import RULES, Rule, close
 from harness.faults.wrong_layers import WRONG_LAYERS
 from harness.plan import Request
-from harness.report.audit import WIDTH, as_json, by_layer, by_rule, legend, sentences
+from harness.report.audit import WIDTH, as_json, by_effect, by_layer, by_rule, legend, sentences
 from harness.session import detected_platform
 
 out = Console(soft_wrap=True, highlight=False)
@@ -40,31 +42,51 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     tier: Annotated[str | None, typer.Option(help="Tier file; default: smoke.")] = None,
     backend: Annotated[list[str] | None, typer.Option("--backend", "-b", help="Cases of this backend; repeatable.")] = None,
     case: Annotated[list[str] | None, typer.Option("--case", "-c", help="Case id or pattern; repeatable.")] = None,
+    effects: Annotated[bool, typer.Option("--effects", help="Instead: how small an error moecheck itself sees.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """What would this tolerance have let through? Wrong layers of every planned case, judged by your rule, the rules in use
     and moecheck; no kernel runs."""
-    names = tuple(wrong.name for wrong in WRONG_LAYERS)
+    if effects:
+        if any((atol, rtol, rule, inputs, wrong, json_file)):
+            raise MoecheckError("--effects measures moecheck's own lane; it takes a selection of cases and nothing else")
+        _effects(_request(platform, tier, backend, case))
+        return
     for name in wrong or ():
-        _known("wrong layer", name, names)
+        _known("wrong layer", name, tuple(layer.name for layer in WRONG_LAYERS))
     model = None if inputs is None else INPUT_MODELS[_known("input model", inputs, INPUT_MODELS)]
     yours = _rule(atol, rtol, percent, rule or (model.rule if model is not None and atol is None and rtol is None else None))
-    if model is not None:
-        if any((platform, tier, backend, case)):
-            raise MoecheckError("--inputs brings its own cases; it takes no --platform, --tier, --backend or --case")
-        selection, total, subjects = model.source, len(model.rows) * draws, model.subjects(draws)
-    else:
-        request = Request(platform or detected_platform(), tier or "smoke", tuple(backend or ()), cases=tuple(case or ()))
+    if model is None:
+        request = _request(platform, tier, backend, case)
         planned = _cases(request)
         selection, total, subjects = f"{request.platform}, {request.tier}", len(planned), _subjects(planned)
+    elif any((platform, tier, backend, case)):
+        raise MoecheckError("--inputs brings its own cases; it takes no --platform, --tier, --backend or --case")
+    else:
+        selection, total, subjects = model.source, len(model.rows) * draws, model.subjects(draws)
     with Progress(console=err, transient=True) as progress:
         task = progress.add_task("cases", total=total)
         result = audit(subjects, yours, wrong or (), lambda done: progress.update(task, completed=done))
-    out.print(f"{result.cases} cases: {selection}", markup=False)
-    for shown in (by_layer(result), legend(), by_rule(result), *sentences(result, yours)):
-        out.print(shown, markup=False, width=max(WIDTH, out.width))
+    _show(f"{result.cases} cases: {selection}", by_layer(result), legend(), by_rule(result), *sentences(result, yours))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(result, yours, selection), indent=1) + "\n")
+
+
+def _show(*parts: str | Table) -> None:
+    for part in parts:
+        out.print(part, markup=False, width=max(WIDTH, out.width))
+
+
+def _request(platform: str | None, tier: str | None, backend: list[str] | None, case: list[str] | None) -> Request:
+    return Request(platform or detected_platform(), tier or "smoke", tuple(backend or ()), cases=tuple(case or ()))
+
+
+def _effects(request: Request) -> None:
+    """Print what the real lane can see of the planned cases, recipe by recipe."""
+    found = table((case, backend.rounding(case)) for case, backend in _cases(request))
+    if not found:
+        raise SelectionError("no case of this selection has the real fill and a token: nothing to measure")
+    _show(by_effect(found), *(effect.sentence for effect in found))
 
 
 def _known(kind: str, name: str, known: tuple[str, ...] | dict[str, Rule] | dict[str, InputModel]) -> str:

@@ -22,7 +22,7 @@ from reference.rounding import THEN, Rounding
 from reference.routing import RULES, Routing
 
 Matrices = tuple[Quantized, Quantized | None, Quantized]
-KEPT_BYTES = 2**30  # decoded weights up to this size are kept: some twenty layers are computed from the same ones
+KEPT_BYTES = 2**31  # decoded weights up to this size are kept: some twenty layers are computed from the same ones
 POINTS = ("routing_weight", "gate_up", "activated", "middle", "row", "weighted", "partial", "out")
 
 

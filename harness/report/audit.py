@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from harness.faults.audit import MOECHECK, RIGHT, YOURS, Audit, Tally
+from harness.faults.audit import GUARD, MOECHECK, RIGHT, YOURS, Audit, Tally
+from harness.faults.mde import Effect
 from harness.faults.rules import RULES, Rule
 from harness.faults.wrong_layers import WRONG_LAYERS
 
@@ -47,6 +50,18 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
+def by_effect(effects: Sequence[Effect]) -> Table:
+    """One row per recipe and rounding: the relative error that turns the real lane red, in percent."""
+    table = _table("Smallest relative error refused in a typical case / in 95 % of the cases, %")
+    for heading in ("recipe", "rounded at", "cases", "one expert", "whole output"):
+        table.add_column(heading, justify="right" if heading in ("cases", "one expert", "whole output") else "left")
+    for effect in effects:
+        points = ", ".join(f"{name} {value}" for name, value in asdict(effect.rounding).items() if value is not None)
+        sizes = (f"{100 * t.typical:.2g} / {100 * t.most:.2g}" for t in (effect.expert, effect.output))
+        table.add_row(effect.recipe, points or "nowhere", str(effect.cases), *sizes)
+    return table
+
+
 def legend() -> str:
     """What the letters of `by_layer` stand for."""
     return "\n".join(f"{chr(ord('a') + i)}  {name}: {RULES[name].source}" for i, name in enumerate(SHOWN))
@@ -77,7 +92,9 @@ def sentences(audit: Audit, yours: Rule) -> list[str]:
         often = f"most often: {TEXTS[worst]}, in {tally.accepted} of {tally.judged} cases"
         said.append(f"It accepts {overall.accepted} of {overall.judged} wrong outputs; {often}.")
     blind = len(audit.untrusted(YOURS))
-    said.append(f"Zeros, stale, swap or a dropped slot pass in {blind} of {audit.cases} cases: UNTRUSTED, if it decided.")
+    tried = " or ".join(name for name in GUARD if name in audit.layers)
+    if tried:
+        said.append(f"Impostors ({tried}) pass in {blind} of {audit.cases} cases: UNTRUSTED, if it decided.")
     said.append(f"It refuses a right kernel in {right.judged - right.accepted} of {right.judged} cases (false alarms).")
     ours, alarms = audit.overall(MOECHECK), audit.tally(RIGHT, MOECHECK)
     said.append(

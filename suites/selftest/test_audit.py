@@ -107,8 +107,10 @@ def test_half_of_the_elements_may_be_anything(moecheck: Callable[..., tuple[int,
         (("--inputs", "vllm_cutedsl_masked", "--tier", "ci"), ("brings its own cases",)),
         (("--rule", "vllm_moe", "--wrong", "zero"), ("zeros",)),
         (("--rule", "vllm_moe", "--platform", "cpu", "--tier", "cii"), ("ci",)),
-        (("--rule", "vllm_moe", "--platform", "cpu", "--case", "nothing*"), ("nothing to run",)),
+        (("--rule", "vllm_moe", "--platform", "cpu", "--case", "moe.bf16"), ("does not parse",)),
         (("--atol", "0.1", "--rtol", "0.1", "--percent", "92"), ("--percent",)),
+        (("--effects", "--rule", "vllm_moe"), ("nothing else",)),
+        (("--effects", "--platform", "cpu", "--case", CASES[1]), ("real fill",)),
     ],
 )
 def test_a_fault_of_the_user_is_answered(
@@ -117,6 +119,13 @@ def test_a_fault_of_the_user_is_answered(
     code, _, err = moecheck("audit", *arguments)
     assert code == 3
     assert all(hint in err for hint in hints), err
+
+
+def test_effects_are_printed_recipe_by_recipe(moecheck: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = moecheck("audit", "--effects", *SELECT)
+    assert code == 0
+    assert "bf16: this green means a scale error of one expert above" in out
+    assert "in all 1 cases" in out
 
 
 @pytest.fixture(scope="module")
