@@ -26,7 +26,7 @@ from harness.plan import Request
 from harness.report.audit import WIDTH, as_json, by_effect, by_layer, by_rule, legend, sentences
 from harness.session import detected_platform
 
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=max(WIDTH, Console().width))
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -74,7 +74,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
 
 def _show(*parts: str | Table) -> None:
     for part in parts:
-        out.print(part, markup=False, width=max(WIDTH, out.width))
+        out.print(part, markup=False)
 
 
 def _request(platform: str | None, tier: str | None, backend: list[str] | None, case: list[str] | None) -> Request:

@@ -127,7 +127,7 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
         middle = middle_variance(done, weights, activation, rounding)
         rows[mine], variance[mine] = done.row, row_variance(done, weights, middle, rounding)
         independent += independent_errors(middle, layer.x.shape[1])
-    by_token, weights_of = (tokens, top_k, -1), layer.routing.weights
+    by_token, weights_of = (tokens, top_k, -1), once(layer.routing)
     sigma = finalize_variance(rows.view(by_token), variance.view(by_token), weights_of, rounding).sqrt()
 
     def contribution(expert: int) -> Tensor:
@@ -145,6 +145,14 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
         impostors={},
         contribution=contribution,
     )
+
+
+def once(routing: Routing) -> Tensor:
+    """Routing weights [tokens, top_k] with a repeated expert's summed in its first slot, 0 in the others: both slots hold
+    the same row with the same error, which therefore adds up instead of averaging out."""
+    same = routing.ids[:, :, None] == routing.ids[:, None, :]
+    first = torch.ones_like(same[0]).tril(-1).logical_and(same).any(-1).logical_not()
+    return (same * routing.weights[:, None, :]).sum(-1) * first
 
 
 def balanced(shape: Shape, generator: torch.Generator) -> Routing:
