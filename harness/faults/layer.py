@@ -16,9 +16,9 @@ from harness.oracle import layer_experts
 from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
-from reference.grid import TORCH_DTYPES
+from reference.grid import FLOATS, TORCH_DTYPES
 from reference.moe import Experts, moe
-from reference.rounding import THEN, Rounding
+from reference.rounding import Rounding
 from reference.routing import RULES, Routing
 
 Matrices = tuple[Quantized, Quantized | None, Quantized]
@@ -51,7 +51,7 @@ class Layer:
     def eager(self) -> Tensor:
         """What a plain implementation writes, every operation of which rounds to `out` (as vLLM's Triton path does)."""
         name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == self.out)
-        plain = {point: name for point in POINTS[1:] if THEN not in str(getattr(self.rounding, point))}
+        plain = {point: name for point in POINTS[1:] if all(step in FLOATS for step in self.rounding.steps(point))}
         return replace(self, rounding=replace(self.rounding, **plain)).run()
 
     @cached_property

@@ -27,7 +27,7 @@ SHOWN = (  # one rule of each kind, for the table; the second table has them all
     "triton_kernels",
 )
 SCHEMA = 1
-WIDTH = 96  # columns of the first table, whatever the terminal: numbers cut to "1…" say nothing
+WIDTH = 104  # columns of the first table, whatever the terminal: numbers cut to "1…" say nothing
 
 
 def by_layer(audit: Audit) -> Table:

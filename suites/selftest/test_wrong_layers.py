@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -126,3 +127,12 @@ def test_unnormalised_weights_are_the_softmax_over_all() -> None:
     assert (ratio < 1).all()
     default = subject_of(Case.parse(IDS["real"].replace("renormalize", "default")), KERNEL).layer
     assert default.unnormalised is None
+
+
+def test_the_eager_baseline_rounds_everywhere_but_keeps_a_quantised_middle() -> None:
+    """Coarser than the declared kernel, which rounds four times; a format at a point is not a rounding to be replaced."""
+    subject_ = subject("real")
+    off_by = [(got.double() - subject_.expected.value).norm() for got in (subject_.layer.right, subject_.layer.eager)]
+    assert off_by[0] < off_by[1] < 3 * off_by[0]
+    quantised = replace(subject_.layer, rounding=replace(subject_.layer.rounding, middle="mxfp4"))
+    assert (quantised.eager.double() - subject_.expected.value).norm() > 10 * off_by[1]
