@@ -1,4 +1,4 @@
-"""The command line: doctor, list, run, repro, faults.
+"""The command line: doctor, list, run, repro; faults (cli_faults.py) and audit (cli_audit.py).
 
 Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
 """
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, config, plan
+from harness import __version__, cli_audit, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
@@ -39,6 +39,7 @@ ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ =
 app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-PyTorch reference.")
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+app.command("audit")(cli_audit.command)
 
 
 def _absolute(paths: list[str] | None) -> list[str]:

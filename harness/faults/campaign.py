@@ -17,7 +17,7 @@ from harness.backends import load_file
 from harness.backends.base import Backend, Device
 from harness.case import Case
 from harness.errors import PluginError, SelectionError
-from harness.faults import FAULTS
+from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
 from harness.faults.score import Score, score
 from harness.select import Item
@@ -26,7 +26,7 @@ from harness.worker.supervisor import Supervisor
 
 T = TypeVar("T")
 R = TypeVar("R")
-PLUGIN = "harness.faults"
+PLUGIN = "harness.faults.catalogue"
 LIMIT_S = 20.0  # a clean twin's slowest case of tier ci takes 3 s on a busy core; a fault that hangs costs this, three times
 SHUFFLE = 0  # seed of the order of a plan: neighbours in the list are alike, and a fault should meet different cases soon
 

@@ -1,0 +1,1 @@
+"""The planted faults, one real bug each: every file here defines FAULTS."""
