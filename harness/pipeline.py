@@ -45,9 +45,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Options:
-    """checks: how many relations to ask of a case, None for all that apply."""
+    """checks: how many relations to ask of a case, None for all that apply; rules(subject): what other acceptance rules say
+    of the first call's output, for the record only."""
 
     checks: int | None = None
+    rules: Callable[[Subject], dict[str, bool]] | None = None
 
 
 @dataclass
@@ -140,7 +142,8 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     if comparison.agrees and not findings:
         progress.at(Stage.RELATIONS)
         findings = _relations(subject, options.checks)
-    return _conclude(subject, comparison, findings)
+    verdict = _conclude(subject, comparison, findings)
+    return replace(verdict, rules=options.rules(subject)) if options.rules is not None and case.shape.tokens else verdict
 
 
 def _memory(subject: Subject, zones: RedZones, before: Snapshot, given: Inputs) -> list[Finding]:

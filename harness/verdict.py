@@ -105,7 +105,8 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared."""
+    """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared;
+    `rules`, where asked for: acceptance rule in use elsewhere -> would it have accepted this output."""
 
     case_id: str
     subject: str
@@ -119,6 +120,7 @@ class Verdict:
     seconds: float = 0.0
     known: str = ""
     plugins: tuple[str, ...] = ()
+    rules: dict[str, bool] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
 from harness.faults.score import Score, score
 from harness.select import Item
-from harness.verdict import Status, Verdict
+from harness.verdict import Verdict
 from harness.worker.supervisor import Supervisor
 
 T = TypeVar("T")
@@ -33,11 +33,19 @@ SHUFFLE = 0  # seed of the order of a plan: neighbours in the list are alike, an
 
 @dataclass(frozen=True)
 class CleanRun:
-    """A clean subject on its plan: how many verdicts, and those that failed."""
+    """A clean subject on its plan: its verdicts; an alarm is one that failed."""
 
     subject: str
-    verdicts: int
-    alarms: tuple[Verdict, ...]
+    judged: tuple[Verdict, ...]
+
+    @property
+    def alarms(self) -> tuple[Verdict, ...]:
+        """The verdicts that failed."""
+        return tuple(v for v in self.judged if v.status.failed)
+
+    def refused_by(self, rule: str) -> int:
+        """How many of its outputs an acceptance rule in use would have rejected."""
+        return sum(not v.rules.get(rule, True) for v in self.judged)
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class Campaign:
 
         def one(worker: Supervisor, clean: Backend) -> CleanRun:
             verdicts = [worker.judge(Case.parse(item.case_id), clean.name) for item in self.items(clean)]
-            judged = [v for v in verdicts if not v.status.skipped]
-            return CleanRun(clean.name, len(judged), tuple(v for v in judged if v.status.failed))
+            return CleanRun(clean.name, tuple(v for v in verdicts if not v.status.skipped))
 
         yield from self._spread(one, list(subjects.values()))
 
@@ -122,12 +129,8 @@ def _workers(campaign: Campaign, logs: Path) -> Iterator[list[Supervisor]]:
             folder.mkdir()
             found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, LIMIT_S))
             found[-1].checks = config.tier(campaign.tier).checks
+            found[-1].rules = True
         yield found
     finally:
         for worker in found:
             worker.close()
-
-
-def untrusted(runs: Iterable[CleanRun]) -> list[Verdict]:
-    """The alarms that say the case is worthless, not that the kernel is wrong."""
-    return [v for run in runs for v in run.alarms if v.status is Status.UNTRUSTED]

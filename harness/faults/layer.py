@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from harness.case import Case, Shape
+from harness.faults.rules import verdicts
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import layer_experts
+from harness.subject import Subject
 from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
@@ -119,3 +121,10 @@ def _unnormalised(case: Case, inputs: Inputs) -> Tensor | None:
     logits = inputs.logits.double()
     scores = rule.score(logits)
     return (logits.softmax(-1) if scores is logits else scores).gather(-1, routing.ids) * rule.scale
+
+
+def rules_in_use(subject: Subject) -> dict[str, bool]:
+    """What every rule in use says of the subject's output; a plain eager implementation is the baseline."""
+    inputs = make_inputs(subject.case)
+    eager = layer_of(subject.case, subject.backend.rounding(subject.case), inputs).eager
+    return verdicts(subject.result, subject.expected.value, eager)

@@ -11,6 +11,17 @@ from rich.table import Table
 from harness.faults.campaign import CleanRun
 from harness.faults.score import LANES, Score
 
+# The rules shown beside ours, one of each family; --json has them all.
+SHOWN = {
+    "flashinfer_fp8_block": "FlashInfer 79 %",
+    "flashinfer_dpsk": "FlashInfer 85 %",
+    "vllm_cutedsl_masked": "vLLM 0.2",
+    "vllm_modular": "vLLM 0.03",
+    "deepgemm_fp8": "calc_diff",
+    "torch_same": "torch same()",
+    "triton_kernels": "triton_kernels",
+}
+
 
 def table(scores: Sequence[Score]) -> Table:
     """Fault x lane: verdicts of each lane that rejected it, when the first kill came, and what it was called."""
@@ -42,7 +53,7 @@ def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:
     killed = [s for s in scores if s.kills]
     named = [s for s in killed if s.named]
     lying = [s.fault.name for s in killed if s.lies]
-    verdicts, alarms = sum(r.verdicts for r in runs), sum(len(r.alarms) for r in runs)
+    verdicts, alarms = sum(len(r.judged) for r in runs), sum(len(r.alarms) for r in runs)
     lines = [f"{len(killed)} of {len(scores)} planted faults killed ({len(killed) / max(1, len(scores)):.1%})"]
     if killed:
         seconds = statistics.median(s.seconds for s in killed)
@@ -53,6 +64,10 @@ def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:
     lines += [f"  named wrongly: {s.fault.name}: {kind} in {case}" for s in killed for kind, case in s.lies.items()]
     lines += [f"  survived: {s.fault.name}: {s.fault.text}" for s in scores if not s.kills]
     lines.append(f"clean subjects: {verdicts} verdicts, {alarms} alarms")
+    for rule, title in SHOWN.items():
+        caught = sum(s.caught_by(rule) for s in scores)
+        refused = sum(r.refused_by(rule) for r in runs)
+        lines.append(f"{title} on the same outputs: {caught} of {len(scores)}; it refuses {refused} of {verdicts} right ones")
     lines += [f"  alarm: {v.status} {v.subject} {v.case_id}: {v.reason}" for run in runs for v in run.alarms]
     return lines
 
@@ -75,6 +90,8 @@ def as_json(scores: Iterable[Score], runs: Iterable[CleanRun]) -> dict[str, Any]
             "seconds": round(s.seconds, 3),
             "names": dict(s.names.most_common()),
             "expected": list(s.fault.expect),
+            "outputs": s.outputs,
+            "rejected_by": dict(s.rejected),
             "named": s.named,
             "wrong_names": s.lies,
         }
@@ -84,7 +101,7 @@ def as_json(scores: Iterable[Score], runs: Iterable[CleanRun]) -> dict[str, Any]
         "planted": len(scores),
         "killed": sum(bool(s.kills) for s in scores),
         "clean_alarms": sum(len(r.alarms) for r in runs),
-        "clean_verdicts": sum(r.verdicts for r in runs),
+        "clean_verdicts": sum(len(r.judged) for r in runs),
         "matrix": matrix,
     }
 
@@ -98,11 +115,12 @@ def markdown(scores: Sequence[Score], runs: Sequence[CleanRun], command: str) ->
     ]
     lines += ["numbers are verdicts of that lane that rejected it before the run moved on to the next fault.", ""]
     lines += [f"- {text}" for text in summary(scores, runs)]
-    header = ["bug", "mechanism", *LANES, "first kill", "called"]
+    header = ["bug", "mechanism", *LANES, "first kill", "called", *SHOWN.values()]
     lines += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for s in scores:
         cells = [f"[{s.fault.bug}]({s.fault.thread})", s.fault.text.replace("|", "\\|")]
         cells += [str(s.killed[lane] or "") for lane in LANES]
         cells += [f"verdict {s.after}, {s.seconds:.1f} s" if s.kills else "**survived**", called_as(s)]
+        cells += ["red" if s.caught_by(rule) else "green" for rule in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

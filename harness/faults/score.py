@@ -45,7 +45,8 @@ def said(verdict: Verdict) -> str:
 @dataclass
 class Score:
     """One fault's record. killed: lane -> verdicts that rejected it; fills: the same by fill; first: the case of the first
-    kill, `after` so many verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses untrue of it."""
+    kill, `after` so many verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses untrue of it;
+    rejected: acceptance rule in use -> of so many `outputs` those that it would have rejected."""
 
     fault: Fault
     verdicts: int = 0
@@ -57,12 +58,16 @@ class Score:
     names: Counter[str] = field(default_factory=Counter)
     lies: dict[str, str] = field(default_factory=dict)
     fills: Counter[str] = field(default_factory=Counter)
+    outputs: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: Verdict) -> None:
         """Count one verdict; UNTRUSTED ones are nobody's kill."""
         if verdict.status.skipped or verdict.status is Status.UNTRUSTED:
             return
         self.verdicts += 1
+        self.outputs += bool(verdict.rules)
+        self.rejected.update(rule for rule, accepted in verdict.rules.items() if not accepted)
         if not self.first:
             self.seconds += verdict.seconds
         if not verdict.status.failed:
@@ -81,6 +86,10 @@ class Score:
     def done(self) -> bool:
         """True once cases of both fills have rejected it often enough."""
         return min(self.fills["exact"], self.fills["real"]) >= ENOUGH
+
+    def caught_by(self, rule: str) -> bool:
+        """Would a test with that rule have gone red: a crash or a malformed output shows with any rule."""
+        return bool(self.rejected[rule] or self.killed["isolation"] or self.killed["contract"])
 
     @property
     def named(self) -> bool:

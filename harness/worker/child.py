@@ -106,9 +106,18 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
         return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
     case = Case.parse(str(request["judge"]))
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
-    verdict = run(case, backend, setup.device, progress, cache, Options(request.get("checks")))
+    verdict = run(case, backend, setup.device, progress, cache, _options(request))
     reply = {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
     return {**reply, "retire": True} if verdict.status.failed and _sticky(setup.device) else reply
+
+
+def _options(request: Message) -> Options:
+    """The rules in use need the faults' tools, which a plain run never loads."""
+    if not request.get("rules"):
+        return Options(request.get("checks"))
+    from harness.faults.layer import rules_in_use
+
+    return Options(request.get("checks"), rules_in_use)
 
 
 def _sticky(device: Device) -> bool:

@@ -50,9 +50,11 @@ class _Death:
 
 
 class Supervisor:
-    """One device, one case in flight. Use as a context manager. checks: relations asked of each case, None for all."""
+    """One device, one case in flight. Use as a context manager. checks: relations asked of each case, None for all;
+    rules: verdicts also tell what the acceptance rules in use would have said."""
 
     checks: int | None = None
+    rules: bool = False
 
     def __init__(self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -96,7 +98,7 @@ class Supervisor:
     def judge(self, case: Case, subject: str) -> Verdict:
         """The verdict on one case; MoecheckError for a user's fault, WorkerBug for ours."""
         started = time.perf_counter()
-        reply = self._ask({"judge": case.id, "subject": subject, "checks": self.checks})
+        reply = self._ask({"judge": case.id, "subject": subject, "checks": self.checks, "rules": self.rules})
         seconds = round(time.perf_counter() - started, 4)
         plugins = self._setup.plugins
         if isinstance(reply, _Death):
