@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
+from harness.whatif import SATURATES, Layer
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
 from reference.experts import ExpertPass, ExpertWeights, forward
@@ -21,9 +22,6 @@ from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
 AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than this, either expert is a right answer
-SATURATES = Rounding(
-    activated="fp32"
-)  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Expected:
     value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
     ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel;
     contribution(e): what expert e adds to the output, computed when asked; independent: how many independent errors a
-    right kernel's output holds.
+    right kernel's output holds; layer: the same layer, for what-if questions.
     """
 
     value: Tensor
@@ -45,6 +43,7 @@ class Expected:
     ambiguous: Tensor
     impostors: dict[str, Tensor]
     contribution: Callable[[int], Tensor]
+    layer: Layer
 
 
 @dataclass
@@ -110,6 +109,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
         impostors={name: wrong.cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
+        layer=Layer(case, inputs.device),
     )
 
 

@@ -96,10 +96,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the error looks like. kind "unexplained" when no pattern fits."""
+    """What the error looks like. kind: a name of harness.diagnose.KINDS, "unexplained" when no pattern fits; explained: the
+    share of the error's norm that this pattern predicts, 0 where it predicts none; evidence: what was found, plain data."""
 
     kind: str
     text: str
+    explained: float = 0.0
+    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
