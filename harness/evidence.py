@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.oracle import Expected
 from harness.verdict import Comparison, Finding
+from harness.whatif import spread
 
 EXPLAINED = 0.95  # share of the error's norm that a prediction must explain
 OWN = 0.25  # share of the output's own norm it may leave: where next to nothing was written, any small prediction is close
@@ -101,13 +102,6 @@ class Evidence:
             if bool(mine[self.hit].all()) and int(mine.sum()) <= 2 * int(self.hit.sum()):
                 found.append(int(expert))
         return tuple(found)
-
-
-def spread(items: Tensor, most: int) -> Tensor:
-    """At most `most` of items [n], evenly taken."""
-    if len(items) <= most:
-        return items
-    return items[torch.linspace(0, len(items) - 1, most).round().long()]
 
 
 def where(mask: Tensor) -> str:

@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from harness.evidence import Claim, Evidence, spread
+from harness.evidence import Claim, Evidence
 from harness.mistakes import known_mistakes
 from harness.symptoms import named
-from harness.whatif import Layer, Mistake, Study
+from harness.whatif import Layer, Mistake, Study, spread
 from reference.routing import RULES, Routing
 
 MAX_TOKENS = 64  # hit rows at which wrong layers are computed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -89,18 +89,19 @@ def rolled(q: Quantized, blocks: int) -> Quantized:
 def scale_roll(matrix: str, blocks: int) -> Mistake:
     """Block scales of "w13", "w2" moved by `blocks` blocks along K."""
 
-    def edit(packed: Packed) -> Packed:
+    def rows(turn: Turn) -> Tensor:
+        own, x = turn.loader.packed(turn.expert), turn.done.x
         if matrix == "w2":
-            return replace(packed, down=rolled(packed.down, blocks))
-        up = None if packed.up is None else rolled(packed.up, blocks)
-        return replace(packed, gate=rolled(packed.gate, blocks), up=up)
+            return turn.done.middle @ _decoded(rolled(own.down, blocks)).T
+        up = None if own.up is None else x @ _decoded(rolled(own.up, blocks)).T
+        return turn.activated(x @ _decoded(rolled(own.gate, blocks)).T, up)
 
     text = f"the block scales of {matrix} are moved by {blocks:+d} block along K"
-    return Mistake("scale_roll", text, _repacked(edit), {"matrix": matrix, "blocks": blocks}, dear=True)
+    return Mistake("scale_roll", text, rows, {"matrix": matrix, "blocks": blocks}, dear=True)
 
 
-def _repacked(edit: Callable[[Packed], Packed]) -> Callable[[Turn], Tensor]:
-    return lambda turn: turn.through(edit(turn.loader.packed(turn.expert)).decode())
+def _decoded(q: Quantized) -> Tensor:
+    return q.format.decode(q)
 
 
 def next_scales(shift: int, matrix: str = "both") -> Mistake:
@@ -171,6 +172,24 @@ def pre_factor(factor: float) -> Mistake:
         return turn.activated(turn.done.gate * factor, None if turn.done.up is None else turn.done.up * factor)
 
     return Mistake("constant_factor", f"the results of GEMM 1 are {factor:g} times the expected", rows, {"gemm1": factor})
+
+
+def guarding(case: Case) -> dict[str, Mistake]:
+    """name -> the mistakes that a case must be able to see, or a pass says nothing. Left out is only what is no mistake:
+    one expert has no neighbour, an activation without up has nothing to swap, one scale along K cannot move."""
+    found = {
+        "stale": stale(),
+        "dropped_hidden_tail": dropped_hidden_tail(K_TAIL),
+        "dropped_inter_tail": dropped_inter_tail(K_TAIL),
+    }
+    if ACTIVATIONS[case.activation].gated:
+        found["gate_up_swap"] = gate_up_swap()
+    found |= {f"scale_roll_{matrix}": scale_roll(matrix, 1) for matrix in scaled_along_k(case)}
+    if case.shape.experts > 1:
+        found["expert_permutation"] = next_expert(1)
+        if get(case.recipe.weights).scaling is not None:
+            found["next_expert_scales"] = next_scales(1)
+    return found
 
 
 def known_mistakes(case: Case) -> list[Mistake]:

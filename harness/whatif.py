@@ -26,6 +26,7 @@ AT_HAND = 3  # experts whose weights stay decoded: the one whose turn it is, and
 SATURATES = Rounding(
     activated="fp32"
 )  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
+DEAR_EXPERTS = 2  # experts in which the trust guard makes mistakes that must decode: a third of the oracle's time at top 8
 MAX_WORK = {"cpu": 2**32, "cuda": 2**38}  # multiply-adds of one question: about 5 s of float64 on a core, 0.1 s on an H200
 DECODE_WORK = 16  # multiply-adds that drawing and decoding one weight costs as much as (measured, nvfp4 on a core)
 
@@ -184,6 +185,13 @@ class Layer:
         return moe(self.inputs.x[tokens.to(self.inputs.device)], routing, experts, self.rounding).cpu()
 
 
+def spread(items: Tensor, most: int) -> Tensor:
+    """At most `most` of items [n], evenly taken."""
+    if len(items) <= most:
+        return items
+    return items[torch.linspace(0, len(items) - 1, most).round().long()]
+
+
 def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tuple[int, ...]) -> Study:
     """See `Layer.study`."""
     shape, inputs = layer.case.shape, layer.inputs
@@ -203,17 +211,54 @@ def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tup
 
 
 class Collected:
-    """Sums what each mistake changes in the output of n tokens, expert after expert."""
+    """Sums what each mistake changes in the output of n tokens, expert after expert; the dear ones in `dear_in` only."""
 
     def __init__(self, mistakes: Sequence[Mistake], scopes: tuple[int, ...], tokens: int, like: Tensor) -> None:
         self.mistakes, self.scopes = mistakes, scopes
+        self.dear_in: frozenset[int] | None = None
         keys = [(i, scope) for i in range(len(mistakes)) for scope in (None, *scopes)]
         self.deltas: dict[tuple[int, int | None], Tensor] = {k: like.new_zeros(tokens, like.shape[-1]) for k in keys}
 
     def add(self, turn: Turn, places: Tensor) -> None:
         """One expert's share; places [n]: the position among the tokens of each of the turn's slots."""
         for i, mistake in enumerate(self.mistakes):
+            if mistake.dear and self.dear_in is not None and turn.expert not in self.dear_in:
+                continue
             delta = (mistake.rows(turn) - turn.done.row) * turn.weight[:, None]
             self.deltas[i, None].index_add_(0, places, delta)
             if turn.expert in self.scopes:
                 self.deltas[i, turn.expert].index_add_(0, places, delta)
+
+
+class Bystander:
+    """Watches the oracle's pass and computes mistakes at some tokens [n] on the side, from the weights already decoded.
+
+    A mistake that wants weights of its own is made in a few of the active experts only: harder to see than in all.
+    """
+
+    def __init__(self, layer: Layer, loader: Loader, tokens: Tensor, mistakes: Sequence[Mistake]) -> None:
+        self.layer, self.loader, self.tokens, self.mistakes = layer, loader, tokens, mistakes
+        inputs = loader.inputs
+        self.place = torch.full((len(inputs.x),), -1, dtype=torch.int64, device=inputs.device)
+        self.place[tokens] = torch.arange(len(tokens), device=inputs.device)
+        self.weights = inputs.routing.weights.flatten()
+        like = torch.zeros(0, layer.case.shape.hidden, dtype=torch.float64, device=inputs.device)
+        self.collected = Collected(mistakes, (), len(tokens), like)
+        active = inputs.routing.ids[tokens].unique().tolist()
+        self.collected.dear_in = frozenset(active[:: max(2, len(active) // DEAR_EXPERTS)])
+
+    def see(self, expert: int, slots: Tensor, done: ExpertPass) -> None:
+        """One expert's right pass over its slots (token * top_k + k)."""
+        tokens = slots // self.layer.case.shape.top_k
+        mine = self.place[tokens] >= 0
+        if not mine.any():
+            return
+        up = None if done.up is None else done.up[mine]
+        part = ExpertPass(done.x[mine], done.gate[mine], up, done.middle[mine], done.row[mine])
+        stale = self.layer.stale[tokens[mine]]
+        turn = Turn(self.loader, expert, part, self.weights[slots[mine]], stale, self.layer.rounding)
+        self.collected.add(turn, self.place[tokens[mine]])
+
+    def outputs(self, value: Tensor) -> list[Tensor]:
+        """What each mistake makes of the right output `value` [tokens, hidden]: [n, hidden] each."""
+        return [value[self.tokens] + self.collected.deltas[i, None] for i in range(len(self.mistakes))]
