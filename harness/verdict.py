@@ -107,7 +107,8 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared."""
+    """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared;
+    picture: path of the error's heat map, relative to the run folder, where one was drawn."""
 
     case_id: str
     subject: str
@@ -120,6 +121,7 @@ class Verdict:
     environment: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     known: str = ""
+    picture: str = ""
     plugins: tuple[str, ...] = ()
     schema: int = SCHEMA_VERSION
 
