@@ -28,9 +28,10 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 @dataclass
 class Progress:
-    """Where the case is, told to the supervisor so that a death has a stage."""
+    """Where the case is, told to the supervisor so that a death has a stage; `show` may draw what was judged."""
 
     report: Callable[[Stage], None] = lambda stage: None
+    show: Callable[[Expected, Tensor, Verdict], Verdict] = lambda expected, output, verdict: verdict
     stage: Stage = Stage.SUPPORT
 
     def at(self, stage: Stage) -> None:
@@ -137,7 +138,8 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
         second = _subject(lambda: _launch(launch, device))
         finding = mutated(before, inputs, launch) or unstable(output, second)
     progress.at(Stage.COMPARE)
-    return _conclude(case, backend, expected, output, [] if finding is None else [finding])
+    verdict = _conclude(case, backend, expected, output, [] if finding is None else [finding])
+    return progress.show(expected, output, verdict)
 
 
 def _launch(launch: Launch, device: Device) -> object:
@@ -149,7 +151,7 @@ def _launch(launch: Launch, device: Device) -> object:
 
 def _conclude(case: Case, backend: Backend, expected: Expected, output: Tensor, findings: list[Finding]) -> Verdict:
     comparison = compare(expected, output)
-    diagnosis = None if comparison.agrees else diagnose(expected, output, comparison)
+    diagnosis = None if comparison.agrees else diagnose(expected, output, comparison, findings)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
     return Verdict(case.id, backend.name, status, Stage.DONE, reason, tuple(findings), comparison, diagnosis)
