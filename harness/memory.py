@@ -18,6 +18,9 @@ from harness.backends.base import Device
 
 NAN, HUGE = 0xFF, 0x7B
 M_PERTURB = -6  # malloc.h: fill allocated memory with a byte; the value's low byte complemented, 0 switches it off
+# glibc's per-thread cache hands small blocks out without filling them (malloc.c, tcache): it is emptied first. What it
+# restocks meanwhile escapes: one in 700 blocks of up to 1 KiB, none above.
+TCACHE_COUNT, TCACHE_SIZES = 7, range(24, 1033, 16)
 RED_ZONE = 4096  # bytes: a page, and a multiple of every alignment a kernel may want (TMA: 128)
 
 
@@ -26,13 +29,17 @@ def poisoned(byte: int, device: Device) -> Iterator[None]:
     """Within, memory that is allocated and not written holds `byte`: glibc's and, on CUDA, the caching allocator's free
     blocks and the tails of its blocks in use."""
     libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
     if device.kind == "cuda":
         _poison_cuda(byte)
+    held_back = [libc.malloc(size) for size in TCACHE_SIZES for _ in range(TCACHE_COUNT)]
     libc.mallopt(M_PERTURB, 0x100 | (byte ^ 0xFF))
     try:
         yield
     finally:
         libc.mallopt(M_PERTURB, 0)
+        for address in held_back:
+            libc.free(address)
 
 
 def _poison_cuda(byte: int) -> None:

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from harness.case import Case
-from harness.inputs import Inputs, make_inputs
+from harness.inputs import Inputs
+from harness.mistakes import guarding
+from harness.whatif import Bystander, Layer, Loader, spread
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
-from reference.experts import ExpertPass, ExpertWeights, forward
-from reference.format import Quantized
-from reference.formats import get
+from reference.experts import ExpertWeights, forward
 from reference.moe import Experts, finalize, passes
-from reference.rounding import IDEAL, Rounding
+from reference.rounding import Rounding
 from reference.routing import Routing
 
+MAX_SAMPLED = 64  # tokens at which an impostor must be caught: one tile of rows
 AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than this, either expert is a right answer
-SATURATES = Rounding(
-    activated="fp32"
-)  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,10 @@ class Expected:
     """The judge's side of a case, on the CPU, float64.
 
     value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
-    ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel;
+    ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel at the tokens
+    `sampled` [n], [n, hidden];
     contribution(e): what expert e adds to the output, computed when asked; independent: how many independent errors a
-    right kernel's output holds.
+    right kernel's output holds; layer: the same layer, for what-if questions.
     """
 
     value: Tensor
@@ -43,8 +42,10 @@ class Expected:
     reason: str
     routing: Routing
     ambiguous: Tensor
+    sampled: Tensor
     impostors: dict[str, Tensor]
     contribution: Callable[[int], Tensor]
+    layer: Layer | None = None
 
 
 @dataclass
@@ -53,30 +54,39 @@ class _Accumulated:
 
     row: Tensor
     variance: Tensor
-    swapped: Tensor
-    stale: Tensor
     independent: float = 0.0
     inexact: list[str] = field(default_factory=list)
 
 
-def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
-    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points."""
+def expect(case: Case, inputs: Inputs, rounding: Rounding, guard: bool = True) -> Expected:
+    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points;
+    without `guard` no impostors are computed: a relation's inputs are those of a case that has been trusted."""
     shape, activation = case.shape, ACTIVATIONS[case.activation]
-    stale_x = make_inputs(case, inputs.device, variant="/previous").x.double()
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
-    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone())
-    ideal = SATURATES if case.fill == "exact" else IDEAL
-    for _, mine, done, weights in passes(inputs.x, inputs.routing, layer_experts(inputs), ideal):
+    rows = _Accumulated(zero, zero.clone())
+    layer, loader, impostors = Layer(case, inputs.device), Loader(inputs), guarding(case) if guard else {}
+    bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
+    experts = Experts(shape.experts, loader.weights, activation)
+    for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, layer.rounding):
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
         rows.independent += independent_errors(middle, shape.hidden)
-        rows.swapped[mine] = _swapped(case, done, weights)
-        rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
+        if impostors:
+            bystander.see(expert, mine, done)
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
-    return _assemble(case, inputs, rounding, rows)
+    expected = _assemble(case, inputs, rounding, rows)
+    wrong = dict(zip(impostors, bystander.outputs(expected.value.to(inputs.device)), strict=True))
+    expected.impostors.update({name: output.cpu() for name, output in wrong.items()})
+    return expected
+
+
+def _sampled(inputs: Inputs) -> Tensor:
+    """int64 [n]: the tokens at which impostors are computed, evenly taken among those that are judged."""
+    judged = (inputs.routing.margin >= AMBIGUOUS_MARGIN).nonzero().flatten()
+    return spread(judged, MAX_SAMPLED)
 
 
 def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:
@@ -92,14 +102,8 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         rows.inexact.append("the sum over experts")
     one_less = routing.weights.clone()
     one_less[:, -1] = 0
-    impostors = {
-        "zeros": torch.zeros_like(value),
-        "stale": finalize(per_token(rows.stale), routing.weights),
-        "gate_up_swap": finalize(per_token(rows.swapped), routing.weights),
-        "dropped_slot": finalize(per_token(rows.row), one_less),
-    }
-    if not ACTIVATIONS[case.activation].gated:
-        del impostors["gate_up_swap"]
+    sampled = _sampled(inputs)
+    impostors = {"zeros": torch.zeros_like(value), "dropped_slot": finalize(per_token(rows.row), one_less)}
     return Expected(
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
@@ -108,8 +112,10 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         reason=f"rounding changes {', '.join(dict.fromkeys(rows.inexact))}" if rows.inexact else "",
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
-        impostors={name: wrong.cpu() for name, wrong in impostors.items()},
+        sampled=sampled.cpu(),
+        impostors={name: wrong[sampled].cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
+        layer=Layer(case, inputs.device),
     )
 
 
@@ -120,23 +126,7 @@ def layer_experts(inputs: Inputs) -> Experts:
 
 def weight_source(inputs: Inputs) -> Callable[[int], ExpertWeights]:
     """Decode one expert's weights to float64 when asked."""
-    fmt = get(inputs.case.recipe.weights)
-
-    def decode(q: Quantized) -> Tensor:
-        return fmt.decode(q)
-
-    def source(expert: int) -> ExpertWeights:
-        gate, up = inputs.gate_up(expert)
-        return ExpertWeights(decode(gate), None if up is None else decode(up), decode(inputs.down(expert)))
-
-    return source
-
-
-def _swapped(case: Case, done: ExpertPass, weights: ExpertWeights) -> Tensor:
-    """The rows of a kernel that takes gate for up and up for gate."""
-    if done.up is None:
-        return done.row
-    return ACTIVATIONS[case.activation].combine(done.up, done.gate) @ weights.down.T
+    return Loader(inputs).weights
 
 
 def _moved(rounding: Rounding, points: dict[str, tuple[Tensor | None, ...]]) -> list[str]:

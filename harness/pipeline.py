@@ -32,9 +32,10 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 @dataclass
 class Progress:
-    """Where the case is, told to the supervisor so that a death has a stage."""
+    """Where the case is, told to the supervisor so that a death has a stage; `show` may draw what was judged."""
 
     report: Callable[[Stage], None] = lambda stage: None
+    show: Callable[[Expected, Tensor, Verdict], Verdict] = lambda expected, output, verdict: verdict
     stage: Stage = Stage.SUPPORT
 
     def at(self, stage: Stage) -> None:
@@ -143,7 +144,9 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
         progress.at(Stage.RELATIONS)
         findings = _relations(subject, options.checks)
     verdict = _conclude(subject, comparison, findings)
-    return replace(verdict, rules=options.rules(subject)) if options.rules is not None and case.shape.tokens else verdict
+    if options.rules is not None and case.shape.tokens:
+        verdict = replace(verdict, rules=options.rules(subject))
+    return progress.show(expected, subject.result, verdict)
 
 
 def _memory(subject: Subject, zones: RedZones, before: Snapshot, given: Inputs) -> list[Finding]:
@@ -166,7 +169,7 @@ def _relations(subject: Subject, limit: int | None) -> list[Finding]:
 
 
 def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:
-    diagnosis = None if comparison.agrees else diagnose(subject.expected, subject.result, comparison)
+    diagnosis = None if comparison.agrees else diagnose(subject.expected, subject.result, comparison, findings)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
     name = subject.backend.name

@@ -68,7 +68,7 @@ class Session:
         self._known = config.known_issues()
         self._scratch = None if folder is not None else tempfile.TemporaryDirectory(prefix="moecheck-")
         logs = Path(self._scratch.name) if self._scratch is not None else _made(folder, "log")
-        self._worker = Supervisor(self.device, the_plan.request.plugins, logs, the_plan.limit_s)
+        self._worker = Supervisor(self.device, the_plan.request.plugins, logs, the_plan.limit_s, folder)
         self._worker.checks = the_plan.checks
 
     def _check_resume(self, folder: Path | None) -> None:

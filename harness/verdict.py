@@ -97,16 +97,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the error looks like. kind "unexplained" when no pattern fits."""
+    """What the error looks like. kind: a name of harness.diagnose.KINDS, "unexplained" when no pattern fits; explained: the
+    share of the error's norm that this pattern predicts, 0 where it predicts none; evidence: what was found, plain data."""
 
     kind: str
     text: str
+    explained: float = 0.0
+    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared;
-    `rules`, where asked for: acceptance rule in use elsewhere -> would it have accepted this output."""
+    `rules`, where asked for: acceptance rule in use elsewhere -> would it have accepted this output; picture: path of the
+    error's heat map, relative to the run folder, where one was drawn."""
 
     case_id: str
     subject: str
@@ -119,6 +123,7 @@ class Verdict:
     environment: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     known: str = ""
+    picture: str = ""
     plugins: tuple[str, ...] = ()
     rules: dict[str, bool] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION

@@ -142,6 +142,7 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
         reason="",
         routing=layer.routing,
         ambiguous=torch.zeros(tokens, dtype=torch.bool),
+        sampled=torch.arange(tokens),
         impostors={},
         contribution=contribution,
     )

@@ -39,6 +39,8 @@ def explain(verdict: Verdict) -> str:
     for finding in verdict.findings:
         if output := str(finding.evidence.get("output", "")).strip():
             lines += ["  last output of the process:", *(f"    | {text}" for text in output.splitlines())]
+    if verdict.picture:
+        lines.append(f"  picture: {verdict.picture} in the run folder")
     facts = ", ".join(f"{key} {value}" for key, value in verdict.environment.items() if value)
     return "\n".join([*lines, f"  on: {facts}", f"  rerun: {verdict.rerun}"])
 

@@ -22,6 +22,7 @@ from harness.case import Case
 from harness.device import environment
 from harness.errors import MoecheckError, UnknownName
 from harness.pipeline import Options, OracleCache, Progress, run
+from harness.report.heatmap import artist
 from harness.worker.protocol import Message, receive, send
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -30,11 +31,12 @@ THREADS = 1  # small GEMMs: a second OpenMP thread costs more in barriers than i
 
 @dataclass(frozen=True)
 class Setup:
-    """What a child needs to know before its first case."""
+    """What a child needs to know before its first case. run_folder: where pictures go, "" for nowhere."""
 
     device: Device
     plugins: tuple[str, ...]
     log: str
+    run_folder: str = ""
 
 
 def main(pipe: Connection, setup: Setup) -> None:
@@ -106,6 +108,8 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
         return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
     case = Case.parse(str(request["judge"]))
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
+    if setup.run_folder:
+        progress.show = artist(Path(setup.run_folder))
     verdict = run(case, backend, setup.device, progress, cache, _options(request))
     reply = {"verdict": verdict.to_json(), "environment": environment(backend, setup.device)}
     return {**reply, "retire": True} if verdict.status.failed and _sticky(setup.device) else reply

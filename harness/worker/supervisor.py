@@ -56,10 +56,12 @@ class Supervisor:
     checks: int | None = None
     rules: bool = False
 
-    def __init__(self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float) -> None:
+    def __init__(
+        self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float, run_folder: Path | None = None
+    ) -> None:
         self.limit_s = limit_s
         self._log = log_dir / f"worker-{os.getpid()}.log"
-        self._setup = Setup(device, plugins, str(self._log))
+        self._setup = Setup(device, plugins, str(self._log), "" if run_folder is None else str(run_folder))
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["harness.worker.child"])
         self._environments: dict[str, dict[str, str]] = {}

@@ -26,7 +26,8 @@ CORE = (
     "oracle",
     "relations",
 )
-CORE += ("select", "subject", "variants", "verdict")
+CORE += ("select", "subject", "variants", "verdict", "evidence", "impostors", "mechanisms", "mistakes", "places", "symptoms")
+CORE += ("whatif",)
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
 PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
@@ -107,7 +108,9 @@ def test_no_file_or_function_outgrows_its_limit(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in sources("harness", "reference") if p.stem not in ("cli", "cli_audit", "cli_faults", "_triton_kernels")], ids=relative
+    "path",
+    [p for p in sources("harness", "reference") if p.stem not in ("cli", "cli_audit", "cli_faults", "_triton_kernels")],
+    ids=relative,
 )
 def test_functions_take_few_parameters(path: Path) -> None:
     for function in functions(path):

@@ -47,7 +47,7 @@ def test_a_right_kernel_agrees(name: str) -> None:
 @pytest.mark.parametrize("name", IDS)
 def test_every_impostor_is_rejected(name: str) -> None:
     case, _, expected = question(name)
-    assert set(expected.impostors) == {"zeros", "stale", "gate_up_swap", "dropped_slot"}
+    assert {"zeros", "stale", "gate_up_swap", "dropped_slot", "expert_permutation"} <= set(expected.impostors)
     assert untrusted(case, expected) is None
 
 

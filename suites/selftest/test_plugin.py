@@ -66,8 +66,8 @@ def moecheck(*arguments: str) -> object:
 
 
 def comparable(verdict: Verdict) -> Verdict:
-    """Without what two runs may differ in: the time, and addresses in the output of a dead process."""
-    return replace(verdict, seconds=0.0, findings=tuple(replace(f, evidence={}) for f in verdict.findings))
+    """Without what two runs may differ in: the time, addresses in the output of a dead process, a folder for pictures."""
+    return replace(verdict, seconds=0.0, picture="", findings=tuple(replace(f, evidence={}) for f in verdict.findings))
 
 
 def test_pytest_reaches_the_verdicts_of_moecheck_run(pytest_run: Witness, moecheck_run: list[Verdict]) -> None:

@@ -35,8 +35,10 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    with Supervisor(CPU, (EXAMPLES,), tmp_path_factory.mktemp("log"), limit_s=5) as supervisor:
+    folder = tmp_path_factory.mktemp("run")
+    with Supervisor(CPU, (EXAMPLES,), folder, 5, folder) as supervisor:
         supervisor.probe("torch_grouped_mm")
+        supervisor.folder = folder  # type: ignore[attr-defined]
         yield supervisor
 
 
@@ -51,7 +53,9 @@ def test_each_broken_example_gets_its_status(worker: Supervisor, name: str) -> N
     assert verdict.environment["torch"]
     if status is Status.WRONG:
         assert verdict.diagnosis is not None
-        assert verdict.diagnosis.kind in {kind.__name__.strip("_") for kind in KINDS}
+        assert verdict.diagnosis.kind in KINDS
+        assert (worker.folder / verdict.picture).is_file()  # type: ignore[attr-defined]
+        assert verdict.picture == f"pictures/broken_{name}__{CASE}.png"
     assert worker.judge(CASE, "torch_grouped_mm").status is Status.PASSED
 
 

@@ -1,0 +1,73 @@
+"""The trust guard: wrong kernels that a case must reject, or its verdict says nothing.
+
+A wrong kernel is judged like a subject, at the tokens the oracle sampled. Rejected there, it is rejected; not rejected
+there, it counts as passing. A wrong tile must show wherever it lies: each tile of the output is tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.compare import compare, z_limit
+from harness.oracle import Expected
+
+TILE = 64  # rows and columns of a small output tile of a grouped GEMM
+
+
+def passing(expected: Expected, out: torch.dtype) -> list[str]:
+    """Names of the impostors whose output in dtype `out` the comparison would accept."""
+    there = at(expected, expected.sampled)
+    found = [name for name, wrong in expected.impostors.items() if not _rejected(there, wrong.to(out), len(expected.value))]
+    return found + unseen_tiles(expected, out)
+
+
+def at(expected: Expected, tokens: Tensor) -> Expected:
+    """What is expected at tokens [n] alone; every tensor with a row per token is cut."""
+    count = len(expected.value)
+    if len(tokens) == count:
+        return expected
+    cut: dict[str, Any] = {
+        f.name: value[tokens]
+        for f in fields(expected)
+        if isinstance(value := getattr(expected, f.name), Tensor) and f.name != "sampled" and len(value) == count
+    }
+    routing = replace(
+        expected.routing,
+        ids=expected.routing.ids[tokens],
+        weights=expected.routing.weights[tokens],
+        margin=expected.routing.margin[tokens],
+    )
+    share = len(tokens) / max(1, count)
+    return replace(expected, **cut, routing=routing, independent=expected.independent * share)
+
+
+def _rejected(expected: Expected, wrong: Tensor, tokens: int) -> bool:
+    """Whether the comparison of the whole case would reject it too: its limit on z grows with the number of elements."""
+    found = compare(expected, wrong)
+    if found.agrees or found.lane != "real":
+        return not found.agrees
+    return found.worst > z_limit(tokens * wrong.shape[1]) or found.mean_z2 > found.mean_z2_limit
+
+
+def unseen_tiles(expected: Expected, out: torch.dtype) -> list[str]:
+    """ "wrong_tile (...)" for a tile of the output that could be zero, or hold its neighbour, without being noticed."""
+    value = expected.value
+    rows, columns = value.shape
+    width = min(TILE, max(1, columns // 2))
+    limit = 0.0 if expected.exact else z_limit(int((~expected.ambiguous).sum()) * columns)
+    wrong = {"zeros": torch.zeros_like(value)}
+    if columns > 1:
+        wrong["the tile beside it"] = value.roll(width, 1)
+    found = []
+    for holds, output in wrong.items():
+        error = (output.to(out).double() - value).abs()
+        seen = (error > limit * expected.sigma) & ~expected.ambiguous[:, None]
+        tiles = torch.nn.functional.max_pool2d(seen[None].float(), (min(TILE, rows), width), ceil_mode=True)[0]
+        if not bool(tiles.all()):
+            row, column = (tiles == 0).nonzero()[0].tolist()
+            found.append(f"wrong_tile (rows {row * TILE}.., columns {column * width}.. hold {holds})")
+    return found

@@ -1,0 +1,264 @@
+"""What if the kernel had one known mistake: the layer computed anew, expert by expert, with a step replaced.
+
+The impostors of the trust guard and the hypotheses of the diagnosis are the same wrong layers, asked for different tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.case import Case
+from harness.inputs import Inputs, make_inputs
+from reference.activation import ACTIVATIONS, Activation
+from reference.experts import ExpertPass, ExpertWeights, forward
+from reference.format import Quantized
+from reference.moe import Experts, moe, passes
+from reference.rounding import IDEAL, Rounding
+from reference.routing import Routing
+
+AT_HAND = 3  # experts whose weights stay decoded: the one whose turn it is, and its two neighbours
+SATURATES = Rounding(
+    activated="fp32"
+)  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
+DEAR_EXPERTS = 2  # experts in which the trust guard makes mistakes that must decode: a third of the oracle's time at top 8
+MAX_WORK = {"cpu": 2**32, "cuda": 2**38}  # multiply-adds of one question: about 5 s of float64 on a core, 0.1 s on an H200
+DECODE_WORK = 16  # multiply-adds that drawing and decoding one weight costs as much as (measured, nvfp4 on a core)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One expert's weights as stored: gate and up [inter, hidden] (up None when not gated), down [hidden, inter]."""
+
+    gate: Quantized
+    up: Quantized | None
+    down: Quantized
+
+    def decode(self) -> ExpertWeights:
+        """The same as numbers, float64."""
+        up = None if self.up is None else self.up.format.decode(self.up)
+        return ExpertWeights(self.gate.format.decode(self.gate), up, self.down.format.decode(self.down))
+
+
+class Loader:
+    """Draws and decodes experts when asked and keeps the last AT_HAND of them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._packed: dict[int, Packed] = {}
+        self._decoded: dict[int, ExpertWeights] = {}
+
+    def packed(self, expert: int) -> Packed:
+        """The stored weights of one expert."""
+        if expert not in self._packed:
+            _make_room(self._packed)
+            self._packed[expert] = Packed(*self.inputs.gate_up(expert), self.inputs.down(expert))
+        return self._packed[expert]
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """The decoded weights of one expert, float64."""
+        if expert not in self._decoded:
+            _make_room(self._decoded)
+            self._decoded[expert] = self.packed(expert).decode()
+        return self._decoded[expert]
+
+
+def _make_room(kept: dict[int, Any]) -> None:
+    while len(kept) >= AT_HAND:
+        del kept[next(iter(kept))]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One expert's turn over n slots: `done` is the right pass of their rows, weight [n] their routing weights, stale
+    [n, hidden] what the previous call's x was in those rows."""
+
+    loader: Loader
+    expert: int
+    done: ExpertPass
+    weight: Tensor
+    stale: Tensor
+    rounding: Rounding = IDEAL
+
+    @property
+    def activation(self) -> Activation:
+        """The case's activation."""
+        return ACTIVATIONS[self.loader.inputs.case.activation]
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """This expert's weights, decoded."""
+        return self.loader.weights(self.expert)
+
+    def neighbour(self, shift: int) -> int:
+        """The expert `shift` further, around the end."""
+        return (self.expert + shift) % self.loader.inputs.case.shape.experts
+
+    def through(self, weights: ExpertWeights, x: Tensor | None = None) -> Tensor:
+        """Rows [n, hidden] of x (or the right x) through other weights."""
+        return forward(self.done.x if x is None else x, weights, self.activation, self.rounding).row
+
+    def activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        """Rows [n, hidden] from other pre-activations [n, inter]."""
+        scalar = self.rounding.at("activated", self.activation.scalar(gate))
+        return self.finished(scalar if up is None else scalar * self.activation.linear(up))
+
+    def finished(self, middle: Tensor) -> Tensor:
+        """Rows [n, hidden] from another input of GEMM 2 [n, inter]."""
+        return middle @ self.weights.down.T
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong kernel. `rows(turn)`: the rows [n, hidden] it computes, before the routing weights. kind: what a diagnosis
+    calls it; text: in words; dear: whether it decodes weights of its own."""
+
+    kind: str
+    text: str
+    rows: Callable[[Turn], Tensor]
+    evidence: dict[str, Any] = field(default_factory=dict)
+    dear: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """Wrong layers at some tokens [n], on the CPU, float64. rows [n, top_k, hidden]: the right rows; deltas[i, scope]
+    [n, hidden]: wrong minus right output of mistake i, made in every expert (scope None) or in one."""
+
+    tokens: Tensor
+    rows: Tensor
+    deltas: dict[tuple[int, int | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The case's layer, for questions after the launch: its inputs are drawn anew, a bad kernel may have written to them."""
+
+    case: Case
+    device: str
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Inputs nobody else holds."""
+        return make_inputs(self.case, self.device)
+
+    @cached_property
+    def stale(self) -> Tensor:
+        """float64 [tokens, hidden]: x of the previous call."""
+        return make_inputs(self.case, self.device, variant="/previous").x.double()
+
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding points under which the oracle computes its value."""
+        return SATURATES if self.case.fill == "exact" else IDEAL
+
+    def experts_affordable(self, tokens: int) -> bool:
+        """Whether all experts may be asked about so many tokens."""
+        shape = self.case.shape
+        return shape.experts * 3 * shape.hidden * shape.inter * (tokens + DECODE_WORK) <= MAX_WORK[self.device]
+
+    def affordable(self, mistakes: Sequence[Mistake]) -> int:
+        """At how many tokens these mistakes may be studied."""
+        shape = self.case.shape
+        each = sum(3 + DECODE_WORK * m.dear for m in mistakes) + DECODE_WORK
+        return int(MAX_WORK[self.device] // (each * shape.hidden * shape.inter * shape.top_k))
+
+    def study(self, tokens: Tensor, mistakes: Sequence[Mistake], scopes: Iterable[int] = ()) -> Study:
+        """Every mistake at `tokens` [n], in all experts together and in each of `scopes` alone."""
+        return study(self, tokens, mistakes, tuple(scopes))
+
+    def expert_rows(self, expert: int, tokens: Tensor) -> Tensor:
+        """What `expert` makes of tokens [n] whoever they were routed to, unweighted: [n, hidden] float64, CPU."""
+        x = self.inputs.x[tokens.to(self.inputs.device)].double()
+        weights = Loader(self.inputs).weights(expert)
+        return forward(x, weights, ACTIVATIONS[self.case.activation], self.rounding).row.cpu()
+
+    def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """The output [n, hidden] of tokens [n] under another routing of them, float64, CPU."""
+        loader = Loader(self.inputs)
+        experts = Experts(self.case.shape.experts, loader.weights, ACTIVATIONS[self.case.activation])
+        return moe(self.inputs.x[tokens.to(self.inputs.device)], routing, experts, self.rounding).cpu()
+
+
+def spread(items: Tensor, most: int) -> Tensor:
+    """At most `most` of items [n], evenly taken."""
+    if len(items) <= most:
+        return items
+    return items[torch.linspace(0, len(items) - 1, most).round().long()]
+
+
+def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tuple[int, ...]) -> Study:
+    """See `Layer.study`."""
+    shape, inputs = layer.case.shape, layer.inputs
+    loader, tokens = Loader(inputs), tokens.to(inputs.device)
+    routing = inputs.routing
+    mine = Routing(routing.ids[tokens], routing.weights[tokens], routing.margin[tokens])
+    rows = torch.zeros(len(tokens) * shape.top_k, shape.hidden, dtype=torch.float64, device=inputs.device)
+    collected = Collected(mistakes, scopes, len(tokens), rows)
+    experts = Experts(shape.experts, loader.weights, ACTIVATIONS[layer.case.activation])
+    for expert, slots, done, _ in passes(inputs.x[tokens], mine, experts, layer.rounding):
+        stale = layer.stale[tokens[slots // shape.top_k]]
+        turn = Turn(loader, expert, done, mine.weights.flatten()[slots], stale, layer.rounding)
+        collected.add(turn, slots // shape.top_k)
+        rows[slots] = done.row
+    deltas = {key: delta.cpu() for key, delta in collected.deltas.items()}
+    return Study(tokens.cpu(), rows.view(len(tokens), shape.top_k, shape.hidden).cpu(), deltas)
+
+
+class Collected:
+    """Sums what each mistake changes in the output of n tokens, expert after expert; the dear ones in `dear_in` only."""
+
+    def __init__(self, mistakes: Sequence[Mistake], scopes: tuple[int, ...], tokens: int, like: Tensor) -> None:
+        self.mistakes, self.scopes = mistakes, scopes
+        self.dear_in: frozenset[int] | None = None
+        keys = [(i, scope) for i in range(len(mistakes)) for scope in (None, *scopes)]
+        self.deltas: dict[tuple[int, int | None], Tensor] = {k: like.new_zeros(tokens, like.shape[-1]) for k in keys}
+
+    def add(self, turn: Turn, places: Tensor) -> None:
+        """One expert's share; places [n]: the position among the tokens of each of the turn's slots."""
+        for i, mistake in enumerate(self.mistakes):
+            if mistake.dear and self.dear_in is not None and turn.expert not in self.dear_in:
+                continue
+            delta = (mistake.rows(turn) - turn.done.row) * turn.weight[:, None]
+            self.deltas[i, None].index_add_(0, places, delta)
+            if turn.expert in self.scopes:
+                self.deltas[i, turn.expert].index_add_(0, places, delta)
+
+
+class Bystander:
+    """Watches the oracle's pass and computes mistakes at some tokens [n] on the side, from the weights already decoded.
+
+    A mistake that wants weights of its own is made in a few of the active experts only: harder to see than in all.
+    """
+
+    def __init__(self, layer: Layer, loader: Loader, tokens: Tensor, mistakes: Sequence[Mistake]) -> None:
+        self.layer, self.loader, self.tokens, self.mistakes = layer, loader, tokens, mistakes
+        inputs = loader.inputs
+        self.place = torch.full((len(inputs.x),), -1, dtype=torch.int64, device=inputs.device)
+        self.place[tokens] = torch.arange(len(tokens), device=inputs.device)
+        self.weights = inputs.routing.weights.flatten()
+        like = torch.zeros(0, layer.case.shape.hidden, dtype=torch.float64, device=inputs.device)
+        self.collected = Collected(mistakes, (), len(tokens), like)
+        active = inputs.routing.ids[tokens].unique().tolist()
+        self.collected.dear_in = frozenset(active[:: max(2, len(active) // DEAR_EXPERTS)])
+
+    def see(self, expert: int, slots: Tensor, done: ExpertPass) -> None:
+        """One expert's right pass over its slots (token * top_k + k)."""
+        tokens = slots // self.layer.case.shape.top_k
+        mine = self.place[tokens] >= 0
+        if not mine.any():
+            return
+        up = None if done.up is None else done.up[mine]
+        part = ExpertPass(done.x[mine], done.gate[mine], up, done.middle[mine], done.row[mine])
+        stale = self.layer.stale[tokens[mine]]
+        turn = Turn(self.loader, expert, part, self.weights[slots[mine]], stale, self.layer.rounding)
+        self.collected.add(turn, self.place[tokens[mine]])
+
+    def outputs(self, value: Tensor) -> list[Tensor]:
+        """What each mistake makes of the right output `value` [tokens, hidden]: [n, hidden] each."""
+        return [value[self.tokens] + self.collected.deltas[i, None] for i in range(len(self.mistakes))]
