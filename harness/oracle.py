@@ -60,13 +60,14 @@ class _Accumulated:
 
 
 def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
-    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points."""
-    shape, activation = case.shape, ACTIVATIONS[case.activation]
+    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points. It
+    quantises x as declared: a no-op, but for a rule other than the format's own."""
+    shape, activation, rounding = case.shape, ACTIVATIONS[case.activation], handed(rounding, inputs)
     stale_x = make_inputs(case, inputs.device, variant="/previous").x.double()
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
     rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone())
-    ideal = SATURATES if case.fill == "exact" else IDEAL
+    ideal = dataclasses.replace(SATURATES if case.fill == "exact" else IDEAL, x=rounding.x, x_scale=rounding.x_scale)
     for _, mine, done, weights in passes(inputs.x, inputs.routing, layer_experts(inputs), ideal):
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
@@ -76,7 +77,14 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
         rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
+    if case.fill == "exact":
+        rows.inexact += _moved(rounding, {"x": (inputs.x.double(),)})
     return _assemble(case, inputs, rounding, rows)
+
+
+def handed(rounding: Rounding, inputs: Inputs) -> Rounding:
+    """The declared rounding points with the scales that this case hands to static formats."""
+    return dataclasses.replace(rounding, x_scale=inputs.x_scale, middle_scale=inputs.middle_scale)
 
 
 def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:
