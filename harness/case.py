@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from harness.anchors import Products
 from harness.errors import CaseError, UnknownName
 from reference.activation import ACTIVATIONS
+from reference.format import WHOLE
 from reference.formats import all_formats
 from reference.routing import RULES
 
@@ -22,6 +24,7 @@ SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never 
 AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
 MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
+LEAST_QUANTISED = 4  # columns of a row that shares one scale: peak, two constant features (harness/exact.py), one value
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
 
 _ID = re.compile(
@@ -50,7 +53,8 @@ class Recipe:
     """Format names of what the layer reads and writes: weights, activations, the input of GEMM 2, the output.
 
     Text: `weights[-acts[-middle[-out]]]`, trailing defaults dropped. Defaults: acts = weights where those are plain, else
-    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is fp32.
+    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is fp32. Where acts are quantised, the tokens'
+    values are given in `out`'s type and are fixed points of the quantiser.
     """
 
     weights: str
@@ -73,6 +77,11 @@ class Recipe:
         middle = parts[2] if len(parts) > 2 else acts
         out = parts[3] if len(parts) > 3 else (acts if _plain(acts) else "bf16")
         return cls(weights, acts, middle, out)
+
+    @property
+    def carrier(self) -> str:
+        """The plain format in which x is handed over."""
+        return self.acts if _plain(self.acts) else self.out
 
     def __str__(self) -> str:
         parts = [self.weights, self.acts, self.middle, self.out]
@@ -152,6 +161,11 @@ class Case:
         return next((reason for limit in LIMITS if (reason := limit.refuses(self))), None)
 
     @property
+    def scaled(self) -> bool:
+        """Does the routing rule multiply its weights by a factor of its own?"""
+        return RULES[self.routing].scale.as_integer_ratio()[0] > 1
+
+    @property
     def axes(self) -> dict[str, int | str]:
         """The case as one value per axis name, as plans and configurations speak of it."""
         names = {name: getattr(self, name) for name in ("op", "routing", "activation", "fill", "skew", "seed")}
@@ -197,9 +211,30 @@ def _top_k(case: Case) -> str | None:
     return RULES[case.routing].problem(case.shape.experts, case.shape.top_k)
 
 
-def _quantised_acts(case: Case) -> str | None:
-    if any(not _plain(name) for name in (case.recipe.acts, case.recipe.middle, case.recipe.out)):
-        return f"recipe {case.recipe}: quantised activations are not judged yet, only quantised weights"
+def _roles(case: Case) -> str | None:
+    recipe = case.recipe
+    if not _plain(recipe.out):
+        return f"recipe {recipe}: the output is written in a plain type, not {recipe.out}"
+    for name in (recipe.acts, recipe.middle):
+        scaling = all_formats()[name].scaling
+        if scaling is not None and (scaling.group[0] not in (1, WHOLE) or scaling.zero_points):
+            return (
+                f"recipe {recipe}: {name} is a format of weights; activations have scales per tensor, token or group of a row"
+            )
+    return None
+
+
+def _whole_groups(case: Case) -> str | None:
+    recipe, shape = case.recipe, case.shape
+    for what, size, name in (("hidden", shape.hidden, recipe.acts), ("inter", shape.inter, recipe.middle)):
+        scaling = all_formats()[name].scaling
+        if scaling is None:
+            continue
+        group = scaling.group[1]
+        if group == WHOLE and size < LEAST_QUANTISED:
+            return f"{what} {size}: a row that {name} quantises wants at least {LEAST_QUANTISED} values here"
+        if group != WHOLE and size % group:
+            return f"{what} {size} is not a multiple of {group}: {name} gives a scale to whole groups of a row"
     return None
 
 
@@ -225,12 +260,23 @@ def _exact_weights(case: Case) -> str | None:
     return None
 
 
+def _exact_middle(case: Case) -> str | None:
+    if case.fill == "exact":
+        try:
+            Products.of(case.recipe.weights, case.recipe.middle, ACTIVATIONS[case.activation].gated, case.scaled)
+        except ValueError as error:
+            return f"recipe {case.recipe} has no exact fill: {error}"
+    return None
+
+
 LIMITS = (
     Limit(("hidden", "inter", "experts", "top_k"), _sizes),
     Limit(("tokens", "hidden", "inter"), _elements),
     Limit(("routing", "experts", "top_k"), _top_k),
-    Limit(("recipe",), _quantised_acts),
+    Limit(("recipe",), _roles),
+    Limit(("recipe", "hidden", "inter"), _whole_groups),
     Limit(("skew", "routing", "experts", "top_k"), _half),
     Limit(("fill", "activation"), _exact_activation),
     Limit(("fill", "routing", "top_k"), _exact_weights),
+    Limit(("fill", "recipe", "activation", "routing"), _exact_middle),
 )

@@ -1,4 +1,4 @@
-"""How random words become codes and scales: the `real` fill (every code its own draw) and the `exact` fill (sparse integers).
+"""How random words become codes and scales: the `real` fill (every code its own draw), and integers packed for the `exact` one.
 
 Nothing here names a format: a fill reads the element grid and the scaling of whatever format it is handed.
 """
@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 
 from harness.hashing import Stream
-from reference.format import Format, Quantized, expand_blocks
+from reference.format import Format, Quantized, block_amax, expand_blocks
 from reference.grid import FLOATS, ElementType, IntegerType, PowerOfTwoType
 
-GROUP = 8  # columns of which the exact fill makes at most one non-zero
 BINADES = 4  # the real fill spreads floating-point codes over this many binades: the whole of E2M1
 ROUND_UP = 1.5  # what rounding scales up to a power of two adds to their root mean square
+POWERS = 3  # block scales of the exact fill: three powers of two, all that E2M1's integers 1, 2, 4 have room for
+FEW_BLOCKS = 8  # of a matrix: below, random scales would too often agree with the next block's or expert's (one time in three)
 SCALE_STEPS = 256  # real block scales are base * 2**{-1, 0} * (1 + j / 256), exact in float64 on every device
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """The exact fill of one matrix: each group of 8 columns has, with probability `live`, one entry of +-`value`."""
+class Scales:
+    """Where the block scales of one matrix of one expert come from: `own` is its stream, `shared` that of all experts, and
+    `turn` (0..2) differs from the next expert's."""
 
-    value: float
-    live: float
-    signed: bool
+    own: Stream
+    shared: Stream
+    turn: int
 
 
 def window(element: ElementType | IntegerType, field: Tensor) -> Tensor:
@@ -94,37 +96,120 @@ def _store(fmt: Format, scales: Tensor) -> Tensor:
     return fmt.scaling.store(scales.float()) if element is FLOATS["fp32"] else element.encode(scales).to(torch.uint8)
 
 
-def exact(fmt: Format, shape: tuple[int, int], stream: Stream, sparse: Sparse) -> Quantized:
-    """A sparse matrix whose entries are 0 or +-`value` (a power of two) while codes and scales differ from block to block."""
-    rows, columns = shape
-    words = stream.child("codes").fields(rows, -(-columns // GROUP), 32)
-    live = (words & 0xFFFF) < min(65536, round(sparse.live * 65536))
-    position = (words >> 16) & (GROUP - 1)
-    sign = 1 - 2 * ((words >> 19) & 1) if sparse.signed else torch.ones_like(words)
-    signs = torch.zeros(rows, words.shape[1], GROUP, dtype=torch.int8, device=words.device)
-    signs.scatter_(2, position.unsqueeze(-1), (sign * live).to(torch.int8).unsqueeze(-1))
-    signs = signs.flatten(1)[:, :columns]
+def pack(fmt: Format, integers: Tensor, unit: float, scales: Scales) -> Quantized:
+    """`integers` [rows, columns] times `unit` (a power of two), exactly, while codes and scales differ from block to block:
+    scale = unit / 2**p and code = integer * 2**p with p in 0..2, less where a block's largest integer leaves no room."""
     if fmt.torch_dtype is not None:
-        return Quantized(fmt, (signs.to(fmt.torch_dtype) * sparse.value))
-    return _exact_codes(fmt, signs, stream, sparse.value)
-
-
-def _exact_codes(fmt: Format, signs: Tensor, stream: Stream, value: float) -> Quantized:
-    """scale = value / c with c in {1, 2, 4} per block, code = +-c: the product is the same, a moved scale shows."""
+        return Quantized(fmt, integers.to(fmt.torch_dtype) * unit)
     assert fmt.scaling is not None
-    rows, columns = signs.shape
-    draw = stream.child("scales").fields(*fmt.scaling.scale_shape(rows, columns), 16)
-    power = draw % 3
-    magnitude = expand_blocks((1 << power).to(torch.int8), (rows, columns), fmt.scaling.group)
-    codes = _code_table(fmt).to(signs.device)[(signs * magnitude).int() + 4]
-    scales = torch.ldexp(torch.full_like(power, 1, dtype=torch.float64) * value, -power)
+    assert isinstance(fmt.element, ElementType | IntegerType)
+    amax = block_amax(integers, fmt.scaling.group)
+    room = (fmt.element.max / amax.clamp(min=1)).log2().floor().long()
+    power = torch.minimum(_powers(fmt, (integers.shape[0], integers.shape[1]), scales), room)
+    quarters = expand_blocks(
+        (4 * torch.exp2(power.float())).to(torch.int16), (integers.shape[0], integers.shape[1]), fmt.scaling.group
+    )
+    table = _quarter_codes(fmt.element).to(integers.device)
+    codes = table.index_select(0, (integers * quarters + len(table) // 2).flatten().int()).view(integers.shape)
+    stored = torch.exp2(-power.double()) * unit
     if not fmt.scaling.global_scale:
-        return Quantized(fmt, codes, _store(fmt, scales))
-    lift = 2.0 ** (stream.child("global").fields(1, 1, 16).item() % 3)
-    return Quantized(fmt, codes, _store(fmt, scales * lift), torch.tensor(lift, dtype=torch.float32, device=signs.device))
+        return Quantized(fmt, codes, _store(fmt, stored))
+    lift = 2.0 ** -(scales.own.child("global").fields(1, 1, 16).item() % POWERS)
+    return Quantized(fmt, codes, _store(fmt, stored * lift), torch.tensor(lift, dtype=torch.float32, device=integers.device))
 
 
-def _code_table(fmt: Format) -> Tensor:
-    """[9] uint8: the codes of -4 .. 4 (of which 0, +-1, +-2, +-4 are used)."""
-    table: Tensor = fmt.element.encode(torch.arange(-4, 5, dtype=torch.float64)).to(torch.uint8)
-    return table
+@cache
+def _quarter_codes(element: ElementType | IntegerType) -> Tensor:
+    """uint8: the codes of all quarters up to a largest value of 448; the fill asks for those on the grid."""
+    largest = 4 * round(min(element.max, FLOATS["e4m3"].max))
+    return element.encode(torch.arange(-largest, largest + 1, dtype=torch.float64) / 4).to(torch.uint8)
+
+
+def _powers(fmt: Format, shape: tuple[int, int], scales: Scales) -> Tensor:
+    """int64 0..2 for every block. Many blocks: random, two experts or two neighbours agree in a third of them. Few: chosen,
+    so that a block's neighbour along the row and the next expert's block always differ."""
+    assert fmt.scaling is not None
+    rows, columns = fmt.scaling.scale_shape(*shape)
+    if rows * columns > FEW_BLOCKS:
+        return scales.own.child("scales").fields(rows, columns, 16) % POWERS
+    along = torch.tensor([turn(i, columns) for i in range(columns)], device=scales.shared.device)
+    return (scales.shared.child("scales").fields(rows, 1, 16) + along + scales.turn) % POWERS
+
+
+def turn(i: int, count: int) -> int:
+    """0..2, such that no two neighbours of a ring of `count` agree."""
+    return 2 if count > 1 and count % 2 and i == count - 1 else i % 2
+
+
+def peak(fmt: Format) -> float:
+    """The code value to which the format's rule maps the largest magnitude of a scale group."""
+    row = torch.full((1, 1), fmt.element.max)
+    return float(fmt.element.decode(fmt.encode(row, fmt.fit_global_scale(row)).codes))
+
+
+def real_acts(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float, carrier: Format) -> tuple[Tensor, float]:
+    """Fixed points of the quantiser `fmt`: dense random values [rows, columns] as `carrier` holds them, of root mean square
+    about `rms`, each scale group with one element at its peak; and the scale that a `static` format is handed.
+
+    value = code * scale * 2**k, of codes and scales so short that the carrier holds every product.
+    """
+    assert fmt.scaling is not None
+    assert carrier.torch_dtype is not None
+    rows, columns = shape
+    group = fmt.scaling.group[1] or columns
+    table, scales = _act_values(fmt).to(stream.device), _act_scales(fmt, carrier).to(stream.device)
+    fields = stream.child("codes").raw(rows, columns, fmt.element.bits)
+    codes = table[fields.flatten().int()].view(rows, columns // group, group)
+    words = stream.child("peaks").fields(rows, columns // group, 32)
+    sign = 1 - (0 if _asymmetric(fmt) else 2) * (words >> 16 & 1)
+    codes.scatter_(2, (words & 0xFFFF).remainder(group).unsqueeze(-1), (sign * peak(fmt)).to(codes.dtype).unsqueeze(-1))
+    drawn = scales[stream.child("scales").fields(rows, columns // group, 16) % len(scales)]
+    if fmt.scaling.global_scale:  # so that a scale fitted to the row or to the tensor is the one handed over
+        drawn.scatter_(1, stream.child("top").fields(rows, 1, 16) % drawn.shape[1], float(scales.max()))
+    squares = (float(table.square().mean()) * (group - 1) + peak(fmt) ** 2) / group * float(scales.square().mean())
+    power = 2.0 ** round(math.log2(rms / math.sqrt(squares)))
+    return (codes * drawn.unsqueeze(-1) * power).flatten(1).to(carrier.torch_dtype), 1 / power
+
+
+def _asymmetric(fmt: Format) -> bool:
+    """A grid that reaches further down than up: only a positive peak is mapped to the largest code."""
+    return isinstance(fmt.element, IntegerType) and fmt.element.lowest
+
+
+def _act_values(fmt: Format) -> Tensor:
+    """[2**bits] float32: the code values that real activations take, `window`'s with its top binade moved to the peak's."""
+    element = fmt.element
+    assert isinstance(element, ElementType | IntegerType)
+    values = element.decode(window(element, torch.arange(2**element.bits, dtype=torch.uint8)), torch.float32)
+    top = peak(fmt)
+    shift = math.floor(math.log2(top)) - math.floor(math.log2(float(values.abs().max())))
+    return (values * 2.0**shift).clamp(-top, top)
+
+
+def _act_scales(fmt: Format, carrier: Format) -> Tensor:
+    """float32: the block scales that real activations draw from, two binades of as many bits as the carrier has room for."""
+    assert fmt.scaling is not None
+    scaling = fmt.scaling
+    if scaling.static and not scaling.global_scale:
+        return torch.ones(1)
+    if isinstance(scaling.element, PowerOfTwoType):
+        return torch.tensor([1.0, 0.5])
+    steps = 2 ** max(0, min(3, significant_bits(carrier.element) - significant_bits(fmt.element) - 1))
+    jitter = torch.tensor([(1 + j / steps) / h for h in (1, 2) for j in range(steps)])
+    if not scaling.global_scale:
+        return jitter
+    top = scaling.global_range / peak(fmt)
+    return (jitter * 2.0 ** math.floor(math.log2(top))).clamp(max=top)
+
+
+def significant_bits(element: object) -> int:
+    """How many bits the magnitudes of a grid have."""
+    assert isinstance(element, ElementType | IntegerType)
+    return element.mantissa_bits + 1 if isinstance(element, ElementType) else element.bits - 1
+
+
+def on_grid(element: object, values: list[float]) -> bool:
+    """Are all of these values of the grid?"""
+    assert isinstance(element, ElementType | IntegerType)
+    wanted = torch.tensor(values, dtype=torch.float64)
+    return torch.equal(element.round(wanted), wanted)

@@ -11,22 +11,17 @@ from torch import Tensor
 
 from harness import fills
 from harness.case import Case
+from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
-from reference.activation import ACTIVATIONS, SATURATED
+from reference.activation import ACTIVATIONS
 from reference.format import Quantized
 from reference.formats import get
 from reference.routing import RULES, Routing
 
 GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, silu(g) * u ~ g * u / 2 hides a gate/up swap
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
-X_ENTRIES = 24  # non-zeros of a token in the exact fill: enough to reach most rows, few enough for 8-bit sums
-GATE_HITS = 0.5  # expected matches of a gate row with a token: four in ten neurons fire
-TERM_BUDGET = 6.0  # down-projection terms per output over all experts: 4 % of the outputs are zero, and of a million
-# outputs of hidden 4096 the largest is 150 units of the 256 that a bf16 holds exactly
-# A routed scaling factor of 5/2 takes three of a bf16's eight bits: sums below 52 units, so fewer and smaller terms.
-SCALED_TERM_BUDGET, SCALED_UP_LIVE = 4.0, 1 / 16
+MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u| > z) ~ exp(-z / 3), and 3 ln(1e9) = 62
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
-ACTIVE = 0.34  # share of neurons with a non-zero product at those densities
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
 
 
@@ -34,9 +29,11 @@ CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(
 class Inputs:
     """The tensors of a case on one device.
 
-    x [tokens, hidden] in the recipe's acts dtype; logits [tokens, experts] float32; bias [experts] float32 or None;
-    topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the reference routes them, for kernels
-    that do not route. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order.
+    x [tokens, hidden] in the recipe's carrier dtype, fixed points of the acts format where that is quantised; x_scale: what
+    that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
+    float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
+    reference routes them, for kernels that do not route. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`,
+    Quantized in logical order.
     """
 
     case: Case
@@ -44,6 +41,41 @@ class Inputs:
     x: Tensor
     logits: Tensor
     bias: Tensor | None
+    x_scale: float | None = None
+
+    @cached_property
+    def x_quantized(self) -> Quantized | None:
+        """x as codes and scales of the acts format, which decode to x exactly; None where acts are plain."""
+        fmt = get(self.case.recipe.acts)
+        if fmt.scaling is None:
+            return None
+        if fmt.scaling.static and fmt.scaling.global_scale:
+            return fmt.encode(self.x, torch.tensor(self.x_scale, device=self.device))
+        return fmt.encode(self.x, fmt.fit_global_scale(self.x))
+
+    @cached_property
+    def middle_scale(self) -> float | None:
+        """What GEMM 2's quantiser is handed where its format's scaling is `static`: the global scale, or what a value is
+        multiplied by to become a code (encode sense, a power of two). None where scales are derived from the values."""
+        fmt = get(self.case.recipe.middle)
+        if self.case.fill == "exact":
+            return self._exact.middle_scale
+        if fmt.scaling is None or not fmt.scaling.static:
+            return None
+        room = fmt.scaling.global_range if fmt.scaling.global_scale else fills.peak(fmt)
+        return 2.0 ** math.floor(math.log2(room / MIDDLE_PEAK))
+
+    @property
+    def middle_global_scale(self) -> Tensor | None:
+        """`middle_scale` as float32 [] where the middle's format has a global scale, else None."""
+        scaling = get(self.case.recipe.middle).scaling
+        if scaling is None or not scaling.global_scale or self.middle_scale is None:
+            return None
+        return torch.tensor(self.middle_scale, device=self.device)
+
+    @cached_property
+    def _exact(self) -> ExactLayer:
+        return ExactLayer(self.case, self.device)
 
     @cached_property
     def routing(self) -> Routing:
@@ -67,21 +99,20 @@ class Inputs:
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
+        gated = ACTIVATIONS[self.case.activation].gated
+        if self.case.fill == "exact":
+            return self._exact.gate(expert), self._exact.up(expert) if gated else None
         shape = (self.case.shape.inter, self.case.shape.hidden)
-        gate = self._matrix(f"gate.{expert}", shape, self._gate_rms, fills.Sparse(SATURATED, self._gate_live, signed=False))
-        if not ACTIVATIONS[self.case.activation].gated:
-            return gate, None
-        up_live = SCALED_UP_LIVE if self._scaled else 1.0
-        up_rms = UP_STD / math.sqrt(self.case.shape.hidden) / X_RMS
-        return gate, self._matrix(f"up.{expert}", shape, up_rms, fills.Sparse(1.0, up_live, signed=True))
+        gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in (GATE_STD, UP_STD))
+        gate = self._real(f"gate.{expert}", shape, gate_rms)
+        return gate, self._real(f"up.{expert}", shape, up_rms) if gated else None
 
     def down(self, expert: int) -> Quantized:
         """Down-projection weights of one expert, [hidden, inter]."""
+        if self.case.fill == "exact":
+            return self._exact.down(expert)
         shape = self.case.shape
-        rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
-        budget = SCALED_TERM_BUDGET if self._scaled else TERM_BUDGET
-        live = min(1.0, budget * fills.GROUP / (ACTIVE * shape.inter * shape.top_k))
-        return self._matrix(f"down.{expert}", (shape.hidden, shape.inter), rms, fills.Sparse(1.0, live, signed=True))
+        return self._real(f"down.{expert}", (shape.hidden, shape.inter), math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when
@@ -90,30 +121,15 @@ class Inputs:
         w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
         return w13, torch.stack([self.down(e).codes for e in experts])
 
-    @property
-    def _scaled(self) -> bool:
-        return RULES[self.case.routing].scale.as_integer_ratio()[0] > 1
-
-    @property
-    def _gate_rms(self) -> float:
-        return GATE_STD / math.sqrt(self.case.shape.hidden) / X_RMS
-
-    @property
-    def _gate_live(self) -> float:
-        entries = min(X_ENTRIES, self.case.shape.hidden / fills.GROUP)
-        return min(1.0, GATE_HITS * fills.GROUP / entries)
-
-    def _matrix(self, name: str, shape: tuple[int, int], rms: float, sparse: fills.Sparse) -> Quantized:
-        fmt = get(self.case.recipe.weights)
-        stream = Stream(self.case.seed, f"{self.case.fill}.{name}", self.device)
-        return fills.exact(fmt, shape, stream, sparse) if self.case.fill == "exact" else fills.real(fmt, shape, stream, rms)
+    def _real(self, name: str, shape: tuple[int, int], rms: float) -> Quantized:
+        return fills.real(get(self.case.recipe.weights), shape, Stream(self.case.seed, f"real.{name}", self.device), rms)
 
 
 def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
     """The inputs of `case`. `variant` names another draw of x only (the previous call of a stale output)."""
     stream = Stream(case.seed, f"{case.fill}{variant}", device)
     shape = case.shape
-    x = _x(case, stream.child("x"))
+    x, x_scale = _x(case, stream.child("x"))
     logits = _logits(case, stream.child("logits"))
     bias = None
     if RULES[case.routing].biased:
@@ -121,16 +137,20 @@ def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
         bias = ((draw & 0xFF).float() - 128) / 1024
         if case.skew == "hot" and case.fill == "real":
             bias[case.seed % shape.experts] = HOT_BIAS
-    return Inputs(case, device, x, logits, bias)
+    return Inputs(case, device, x, logits, bias, x_scale)
 
 
-def _x(case: Case, stream: Stream) -> Tensor:
-    fmt, shape = get(case.recipe.acts), (case.shape.tokens, case.shape.hidden)
-    if case.fill == "real":
-        return fills.real(fmt, shape, stream, X_RMS).codes
-    live = min(1.0, X_ENTRIES * fills.GROUP / case.shape.hidden)
-    ones = fills.exact(fmt, shape, stream, fills.Sparse(1.0, live, signed=False)).codes
-    return ones * (1 + (stream.child("twos").fields(*shape, 4) & 1)).to(ones.dtype)
+def _x(case: Case, stream: Stream) -> tuple[Tensor, float | None]:
+    """x, and what a static acts format is handed to quantise it."""
+    fmt, carrier = get(case.recipe.acts), get(case.recipe.carrier)
+    shape = (case.shape.tokens, case.shape.hidden)
+    if case.fill == "exact":
+        x, scale = ExactLayer(case, stream.device).x(stream).to(carrier.torch_dtype), X_SCALE
+    elif fmt.scaling is None:
+        return fills.real(fmt, shape, stream, X_RMS).codes, None
+    else:
+        x, scale = fills.real_acts(fmt, shape, stream, X_RMS, carrier)
+    return x, scale if fmt.scaling is not None and fmt.scaling.static else None
 
 
 def _logits(case: Case, stream: Stream) -> Tensor:

@@ -59,16 +59,18 @@ class _Accumulated:
 
 
 def expect(case: Case, inputs: Inputs, rounding: Rounding, guard: bool = True) -> Expected:
-    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points;
-    without `guard` no impostors are computed: a relation's inputs are those of a case that has been trusted."""
-    shape, activation = case.shape, ACTIVATIONS[case.activation]
+    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points. It
+    quantises x as declared: a no-op, but for a rule other than the format's own. Without `guard` no impostors are computed:
+    a relation's inputs are those of a case that has been trusted."""
+    shape, activation, rounding = case.shape, ACTIVATIONS[case.activation], handed(rounding, inputs)
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
     rows = _Accumulated(zero, zero.clone())
     layer, loader, impostors = Layer(case, inputs.device), Loader(inputs), guarding(case) if guard else {}
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
     experts = Experts(shape.experts, loader.weights, activation)
-    for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, layer.rounding):
+    ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
+    for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, ideal):
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
@@ -77,6 +79,8 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding, guard: bool = True) -
             bystander.see(expert, mine, done)
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
+    if case.fill == "exact":
+        rows.inexact += _moved(rounding, {"x": (inputs.x.double(),)})
     expected = _assemble(case, inputs, rounding, rows)
     wrong = dict(zip(impostors, bystander.outputs(expected.value.to(inputs.device)), strict=True))
     expected.impostors.update({name: output.cpu() for name, output in wrong.items()})
@@ -87,6 +91,11 @@ def _sampled(inputs: Inputs) -> Tensor:
     """int64 [n]: the tokens at which impostors are computed, evenly taken among those that are judged."""
     judged = (inputs.routing.margin >= AMBIGUOUS_MARGIN).nonzero().flatten()
     return spread(judged, MAX_SAMPLED)
+
+
+def handed(rounding: Rounding, inputs: Inputs) -> Rounding:
+    """The declared rounding points with the scales that this case hands to static formats."""
+    return dataclasses.replace(rounding, x_scale=inputs.x_scale, middle_scale=inputs.middle_scale)
 
 
 def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:

@@ -42,6 +42,12 @@ class Scaling:
         """How many global scales a matrix of so many rows has: 1, or one a row."""
         return 1 if self.global_group[0] == WHOLE else rows
 
+    @property
+    def static(self) -> bool:
+        """One number serves the whole tensor, so a library is handed it instead of deriving it: a global scale, or a scale
+        per tensor."""
+        return self.global_group[0] == WHOLE if self.global_scale else self.group == (WHOLE, WHOLE)
+
     def store(self, scales: Tensor) -> Tensor:
         """float32 scales as they are kept, rounded to `stored`; codes are picked with the unrounded ones. inf stays inf."""
         return scales if self.stored is None else torch.where(scales.isinf(), scales, self.stored.round(scales).float())

@@ -21,7 +21,8 @@ class Rounding:
 
     x: input of GEMM 1; routing_weight: the top-k weights; gate_up: output of GEMM 1; activated: act(gate) before it meets up;
     middle: input of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum
-    over the token's experts; out: the layer's output. A format's global scale is fitted to the tensor at hand.
+    over the token's experts; out: the layer's output. x_scale and middle_scale: what a format whose scaling is `static` is
+    handed there, as `requantized` takes it; None, and at every other point, scales are fitted to the tensor at hand.
     """
 
     x: str | None = None
@@ -33,6 +34,8 @@ class Rounding:
     weighted: str | None = None
     partial: str | None = None
     out: str | None = None
+    x_scale: float | None = None
+    middle_scale: float | None = None
 
     def steps(self, point: str) -> tuple[str, ...]:
         """The names a value passes at `point`, in order."""
@@ -42,8 +45,11 @@ class Rounding:
     def at(self, point: str, value: Tensor) -> Tensor:
         """`value` (float64; [rows, columns] where a format is involved) as it leaves `point`."""
         for name in self.steps(point):
-            value = FLOATS[name].round(value) if name in FLOATS else requantized(get(name), value)
+            value = FLOATS[name].round(value) if name in FLOATS else self._requantized(point, name, value)
         return value
+
+    def _requantized(self, point: str, name: str, value: Tensor) -> Tensor:
+        return requantized(get(name), value, getattr(self, f"{point}_scale", None))
 
     def variance(self, point: str, value: Tensor) -> Tensor:
         """Variance of the error made at `point`. A grid of spacing u around a value adds u**2 / 12. Of a block format the
@@ -54,13 +60,22 @@ class Rounding:
             if name in FLOATS:
                 total += FLOATS[name].ulp(value).square() / 12
             else:
-                total += (requantized(get(name), value) - value).square()
+                total += (self._requantized(point, name, value) - value).square()
         return total
 
 
-def requantized(fmt: Format, value: Tensor) -> Tensor:
-    """value [rows, columns] through the format and back, float64."""
-    return fmt.decode(fmt.encode(value.float(), fmt.fit_global_scale(value.float()))) if value.numel() else value
+def requantized(fmt: Format, value: Tensor, scale: float | None = None) -> Tensor:
+    """value [rows, columns] through the format and back, float64. `scale`, for a format whose scaling is `static`: its global
+    scale, or what a value is multiplied by to become a code (the encode sense of both)."""
+    if not value.numel():
+        return value
+    narrow = value.float()
+    if scale is None or fmt.scaling is None or not fmt.scaling.static:
+        return fmt.decode(fmt.encode(narrow, fmt.fit_global_scale(narrow)))
+    if fmt.scaling.global_scale:
+        return fmt.decode(fmt.encode(narrow, torch.tensor(scale, device=value.device)))
+    codes = fmt.element.encode(narrow * scale)
+    return fmt.element.decode(codes) / scale
 
 
 IDEAL = Rounding()

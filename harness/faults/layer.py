@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from harness.case import Case, Shape
 from harness.faults.rules import verdicts
 from harness.inputs import Inputs, make_inputs
-from harness.oracle import layer_experts
+from harness.oracle import handed, layer_experts
 from harness.subject import Subject
 from reference.experts import ExpertWeights
 from reference.format import Quantized
@@ -53,7 +54,9 @@ class Layer:
     def eager(self) -> Tensor:
         """What a plain implementation writes, every operation of which rounds to `out` (as vLLM's Triton path does)."""
         name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == self.out)
-        plain = {point: name for point in POINTS[1:] if all(step in FLOATS for step in self.rounding.steps(point))}
+        plain: dict[str, Any] = {
+            point: name for point in POINTS[1:] if all(step in FLOATS for step in self.rounding.steps(point))
+        }
         return replace(self, rounding=replace(self.rounding, **plain)).run()
 
     @cached_property
@@ -85,7 +88,7 @@ def layer_of(case: Case, rounding: Rounding, inputs: Inputs | None = None) -> La
         x=inputs.x,
         routing=inputs.routing,
         experts=replace(experts, weights=kept(experts.weights, case.shape)),
-        rounding=in_fp32(rounding),
+        rounding=in_fp32(handed(rounding, inputs)),
         out=get(case.recipe.out).torch_dtype or torch.bfloat16,
         previous=make_inputs(case, inputs.device, variant="/previous").x,
         unnormalised=_unnormalised(case, inputs),
@@ -96,7 +99,8 @@ def layer_of(case: Case, rounding: Rounding, inputs: Inputs | None = None) -> La
 
 def in_fp32(rounding: Rounding) -> Rounding:
     """`rounding` with fp32 wherever it names nothing: a kernel's registers, where the reference has float64."""
-    return replace(rounding, **{point: getattr(rounding, point) or "fp32" for point in POINTS})
+    named: dict[str, Any] = {point: getattr(rounding, point) or "fp32" for point in POINTS}
+    return replace(rounding, **named)
 
 
 def kept(weights: Callable[[int], ExpertWeights], shape: Shape) -> Callable[[int], ExpertWeights]:

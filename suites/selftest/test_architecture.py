@@ -13,21 +13,32 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
 CORE = (
+    "anchors",
     "case",
     "checks",
     "compare",
     "diagnose",
     "errors",
+    "evidence",
+    "exact",
     "fills",
     "hashing",
+    "impostors",
     "inputs",
     "known",
+    "mechanisms",
     "memory",
+    "mistakes",
     "oracle",
+    "places",
     "relations",
+    "select",
+    "subject",
+    "symptoms",
+    "variants",
+    "verdict",
+    "whatif",
 )
-CORE += ("select", "subject", "variants", "verdict", "evidence", "impostors", "mechanisms", "mistakes", "places", "symptoms")
-CORE += ("whatif",)
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
 PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}

@@ -27,9 +27,9 @@ PINNED: dict[str, tuple[str, str, str]] = {
         "b5d60f4bab84",
     ),
     "moe.bf16.t3.h40.i24.e16.k2.deepseek_v3.geglu.standard.exact.s7": (
-        "0b06b25ef19a",
+        "008aa2b87ccd",
         "97727c8718d5",
-        "23ed009d56ad",
+        "03dd24c23776",
     ),
     "moe.mxfp4-fp16.t4.h96.i64.e4.k1.default.relu.standard.real.hot.s1": (
         "3931b4abfb02",
