@@ -50,14 +50,13 @@ class Recipe:
     """Format names of what the layer reads and writes: weights, activations, the input of GEMM 2, the output.
 
     Text: `weights[-acts[-middle[-out]]]`, trailing defaults dropped. Defaults: acts = weights where those are plain, else
-    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is fp32.
+    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is the backend's: `Rounding.accumulate`.
     """
 
     weights: str
     acts: str
     middle: str
     out: str
-    accumulate: str = "fp32"
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

@@ -13,6 +13,7 @@ from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
+from reference.exactness import ACCUMULATORS, exact_in_any_order
 from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.format import Quantized
 from reference.formats import get
@@ -30,10 +31,10 @@ SATURATES = Rounding(
 class Expected:
     """The judge's side of a case, on the CPU, float64.
 
-    value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
-    ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel;
-    contribution(e): what expert e adds to the output, computed when asked; independent: how many independent errors a
-    right kernel's output holds.
+    value, sigma [tokens, hidden]; exact: neither a rounding point nor the order of a GEMM's sums changes the value, so bits
+    must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
+    wrong kernel; contribution(e): what expert e adds to the output, computed when asked; independent: how many independent
+    errors a right kernel's output holds.
     """
 
     value: Tensor
@@ -76,6 +77,7 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
         rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
+            rows.inexact += _overflows(rounding.accumulate, done, weights)
     return _assemble(case, inputs, rounding, rows)
 
 
@@ -89,7 +91,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     variance = finalize_variance(per_token(rows.row), per_token(rows.variance), routing.weights, rounding)
     rounded = finalize(per_token(rows.row), routing.weights, rounding)
     if case.fill == "exact" and not torch.equal(rounded, value):
-        rows.inexact.append("the sum over experts")
+        rows.inexact.append("rounding changes the sum over experts")
     one_less = routing.weights.clone()
     one_less[:, -1] = 0
     impostors = {
@@ -105,7 +107,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         sigma=variance.sqrt().cpu(),
         independent=rows.independent,
         exact=case.fill == "exact" and not rows.inexact,
-        reason=f"rounding changes {', '.join(dict.fromkeys(rows.inexact))}" if rows.inexact else "",
+        reason="; ".join(dict.fromkeys(rows.inexact)),
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
         impostors={name: wrong.cpu() for name, wrong in impostors.items()},
@@ -142,9 +144,19 @@ def _swapped(case: Case, done: ExpertPass, weights: ExpertWeights) -> Tensor:
 def _moved(rounding: Rounding, points: dict[str, tuple[Tensor | None, ...]]) -> list[str]:
     """The rounding points at which some value is not a fixed point: there two right kernels may differ."""
     return [
-        point
+        f"rounding changes {point}"
         for point, values in points.items()
         if any(v is not None and not torch.equal(rounding.at(point, v), v) for v in values)
+    ]
+
+
+def _overflows(accumulate: str, done: ExpertPass, weights: ExpertWeights) -> list[str]:
+    """The GEMMs whose sums may leave the integers of the accumulator: there two orders of summation may differ."""
+    gemms = (("GEMM 1", done.x, weights.gate), ("GEMM 1", done.x, weights.up), ("GEMM 2", done.middle, weights.down))
+    return [
+        f"{gemm}'s sum exceeds the exact range of {accumulate}"
+        for gemm, a, b in gemms
+        if b is not None and not exact_in_any_order(a, b, ACCUMULATORS[accumulate])
     ]
 
 

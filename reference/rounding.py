@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reference.exactness import ACCUMULATORS
 from reference.format import Format
 from reference.formats import get
 from reference.grid import FLOATS
@@ -22,6 +23,7 @@ class Rounding:
     x: input of GEMM 1; routing_weight: the top-k weights; gate_up: output of GEMM 1; activated: act(gate) before it meets up;
     middle: input of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum
     over the token's experts; out: the layer's output. A format's global scale is fitted to the tensor at hand.
+    accumulate: the accumulator of both GEMMs, one of `reference.exactness.ACCUMULATORS`; ValueError for another name.
     """
 
     x: str | None = None
@@ -33,6 +35,11 @@ class Rounding:
     weighted: str | None = None
     partial: str | None = None
     out: str | None = None
+    accumulate: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.accumulate not in ACCUMULATORS:
+            raise ValueError(f"accumulator {self.accumulate!r} unknown; known: {', '.join(ACCUMULATORS)}")
 
     def steps(self, point: str) -> tuple[str, ...]:
         """The names a value passes at `point`, in order."""
