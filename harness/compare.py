@@ -3,20 +3,22 @@
 exact: `torch.equal`, element by element, -0 equal to +0.
 real:  z = |got - expected| / sigma. An error built from many independent roundings is close to normal, so the largest of N
        stays below the two-sided normal quantile at FALSE_ALARM / N; and the mean of z**2 stays near 1.
+ratio: where a kernel declares no roundings, no tile errs much more than an emulation's: see `harness.ratio`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from harness.oracle import Expected
+from harness.ratio import FALSE_ALARM, TIMES, ratios
 from harness.verdict import Comparison, Sample
 
-FALSE_ALARM = 1e-6  # probability that a right kernel exceeds the limit in one case, if z is normal
 SAMPLES = 5
 MEAN_Z2_SIGMAS = 5.0  # the measured spread is 0.8 of the derived one, so a right kernel never gets there
 MEAN_Z2_SLACK = 0.05  # a declared recipe sits at 1.00 +- 0.05 (lanes.md measured 0.965 and 0.999)
@@ -31,24 +33,37 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
     z = torch.where(error == 0, 0.0, error / expected.sigma)
     z = torch.where(finite, z, torch.inf)
     limit = 0.0 if expected.exact else z_limit(int(judged.sum()) * got.shape[-1])
-    bad = (z > limit) & judged[:, None]
+    bad, worst = (z > limit) & judged[:, None], float(z[judged].max()) if z[judged].numel() else 0.0
+    by_ratio = expected.baseline is not None and not expected.exact and bool(judged.any())
+    if by_ratio:
+        bad, worst, limit = *_beyond_ratio(expected, actual, bad), TIMES
     usable = finite & judged[:, None]
     norm = expected.value[usable].square().sum().sqrt()
     mean_z2 = float(z[usable].square().mean()) if usable.any() else 0.0
     return Comparison(
-        lane="exact" if expected.exact else "real",
+        lane="exact" if expected.exact else "ratio" if by_ratio else "real",
         total=int(judged.sum()) * got.shape[-1],
         beyond=int(bad.sum()),
-        worst=float(z[judged].max()) if z[judged].numel() else 0.0,
+        worst=worst,
         limit=limit,
         mean_z2=mean_z2,
-        mean_z2_limit=mean_z2_limit(expected),
+        mean_z2_limit=math.inf if by_ratio else mean_z2_limit(expected),
         rel_l2=float(error[usable].square().sum().sqrt() / norm) if norm > 0 else 0.0,
         nonfinite=int((~finite & judged[:, None]).sum()),
         rows_hit=int(bad.any(-1).sum()),
         experts_hit=_experts_hit(expected, bad),
         samples=_samples(expected, actual, z, torch.where(finite, error, torch.inf) * bad),
     )
+
+
+def _beyond_ratio(expected: Expected, actual: Tensor, outliers: Tensor) -> tuple[Tensor, float]:
+    """The elements of failing tiles, of those the `outliers` if there are any, and the worst tile's ratio."""
+    judged, bad, baseline = ~expected.ambiguous, torch.zeros_like(outliers), expected.baseline
+    assert baseline is not None
+    baseline = replace(baseline, output=baseline.output[judged], freedom=baseline.freedom[judged])
+    result = ratios(baseline, expected.value[judged], expected.sigma[judged], actual[judged], expected.routing.ids[judged])
+    bad[judged] = result.failing(actual.shape[-1])
+    return bad & outliers if (bad & outliers).any() else bad, result.worst
 
 
 def z_limit(elements: int) -> float:

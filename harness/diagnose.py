@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from harness.compare import z_limit
 from harness.oracle import Expected
 from harness.verdict import Comparison, Diagnosis
 
@@ -33,7 +34,8 @@ def diagnose(expected: Expected, got: Tensor, comparison: Comparison) -> Diagnos
 def _bad(expected: Expected, actual: Tensor, comparison: Comparison) -> Tensor:
     """The elements to explain: those beyond the limit; all of them when only the mean of z**2 is off."""
     z = torch.where(actual.isfinite(), (actual - expected.value).abs() / expected.sigma, torch.inf)
-    bad = (z > comparison.limit) & ~expected.ambiguous[:, None]
+    limit = z_limit(z.numel()) if comparison.lane == "ratio" else comparison.limit
+    bad = (z > limit) & ~expected.ambiguous[:, None]
     return bad if bad.any() else (z > 0) & ~expected.ambiguous[:, None]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
+from harness.ratio import Baseline, assumed_rounding
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
 from reference.exactness import ACCUMULATORS, exact_in_any_order
@@ -34,7 +35,7 @@ class Expected:
     value, sigma [tokens, hidden]; exact: neither a rounding point nor the order of a GEMM's sums changes the value, so bits
     must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
     wrong kernel; contribution(e): what expert e adds to the output, computed when asked; independent: how many independent
-    errors a right kernel's output holds.
+    errors a right kernel's output holds; baseline: an emulation to compare with, where sigma is only that of an assumed recipe.
     """
 
     value: Tensor
@@ -46,6 +47,7 @@ class Expected:
     ambiguous: Tensor
     impostors: dict[str, Tensor]
     contribution: Callable[[int], Tensor]
+    baseline: Baseline | None = None
 
 
 @dataclass
@@ -56,17 +58,21 @@ class _Accumulated:
     variance: Tensor
     swapped: Tensor
     stale: Tensor
+    baseline: Tensor | None
     independent: float = 0.0
     inexact: list[str] = field(default_factory=list)
 
 
-def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
-    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points."""
+def expect(case: Case, inputs: Inputs, declared: Rounding | None) -> Expected:
+    """Run the reference once over the experts that received tokens. `declared`: the backend's rounding points; None where
+    they are unknown: then the real fill is judged by the ratio to an emulation of the case's recipe."""
+    rounding = assumed_rounding(case.recipe) if declared is None else declared
     shape, activation = case.shape, ACTIVATIONS[case.activation]
     stale_x = make_inputs(case, inputs.device, variant="/previous").x.double()
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
-    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone())
+    emulated = zero.clone() if declared is None and case.fill != "exact" else None
+    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone(), emulated)
     ideal = SATURATES if case.fill == "exact" else IDEAL
     for _, mine, done, weights in passes(inputs.x, inputs.routing, layer_experts(inputs), ideal):
         rows.row[mine] = done.row
@@ -75,6 +81,8 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
         rows.independent += independent_errors(middle, shape.hidden)
         rows.swapped[mine] = _swapped(case, done, weights)
         rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
+        if rows.baseline is not None:
+            rows.baseline[mine] = forward(done.x, weights, activation, rounding).row
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
@@ -112,7 +120,19 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
         impostors={name: wrong.cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
+        baseline=None if rows.baseline is None else _baseline(case, inputs, rounding, rows),
     )
+
+
+def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Baseline:
+    shape, weights, carrier = case.shape, inputs.routing.weights, case.recipe.out
+    assert rows.baseline is not None
+    emulated, ideal = (r.view(shape.tokens, shape.top_k, shape.hidden) for r in (rows.baseline, rows.row))
+    combined = dataclasses.replace(rounding, routing_weight=carrier, weighted=carrier, partial=carrier)
+    less, more = (finalize_variance(ideal, torch.zeros_like(ideal), weights, r) for r in (rounding, combined))
+    per_row = rows.independent / max(1, shape.tokens * shape.top_k)
+    neurons = 1 / max(1 / max(per_row, 1e-300) - 1 / shape.hidden, 1e-300)
+    return Baseline(finalize(emulated, weights, rounding).cpu(), (more - less).clamp(min=0).cpu(), neurons)
 
 
 def layer_experts(inputs: Inputs) -> Experts:

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
-CORE = ("case", "checks", "compare", "diagnose", "errors", "fills", "hashing", "inputs", "known", "oracle", "select", "verdict")
+CORE = ("case", "checks", "compare", "diagnose", "errors", "fills", "hashing", "inputs", "known", "oracle", "ratio")
+CORE = (*CORE, "select", "verdict")
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
 PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
