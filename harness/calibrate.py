@@ -26,12 +26,12 @@ from harness.backends import discover
 from harness.backends.base import CPU, Backend, checked_probe
 from harness.case import FILLS, SKEWS, Case, Recipe, Shape
 from harness.checks import untrusted
-from harness.compare import MEAN_Z2_SIGMAS, MEAN_Z2_SLACK, compare
+from harness.compare import MEAN_Z2_SLACK, compare
 from harness.emulate import emulate
 from harness.inputs import make_inputs
 from harness.oracle import expect
 from harness.pipeline import run
-from harness.ratio import assumed_rounding
+from harness.ratio import FALSE_ALARM, assumed_rounding
 from harness.verdict import Comparison, Status
 from reference.activation import ACTIVATIONS
 from reference.formats import all_formats
@@ -95,7 +95,7 @@ class Tally:
         if comparison.limit:
             self.worst = max(self.worst, comparison.worst / comparison.limit)
         if comparison.lane == "real" and math.isfinite(comparison.mean_z2):
-            independent = 2 * (MEAN_Z2_SIGMAS / (comparison.mean_z2_limit - 1 - MEAN_Z2_SLACK)) ** 2  # its definition inverted
+            independent = _independent(comparison.mean_z2_limit)
             self.squares += comparison.mean_z2 * independent
             self.independent += independent
 
@@ -109,6 +109,12 @@ class Tally:
         """The mean of z**2 is not 1 (above 1, where sigma is an upper estimate), by more than the slack and chance."""
         distance = abs(self.mean_z2 - 1) if self.tight else self.mean_z2 - 1
         return distance > MEAN_Z2_SLACK + ERRORS * math.sqrt(2 / max(self.independent, 1e-9))
+
+
+def _independent(limit: float) -> float:
+    """`harness.compare.mean_z2_limit` inverted."""
+    chance = (math.sqrt(1 + 2 * (limit - 1 - MEAN_Z2_SLACK)) - 1) / 2
+    return -math.log(FALSE_ALARM) / chance**2
 
 
 def subjects(backends: bool = True) -> Iterator[Subject]:

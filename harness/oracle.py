@@ -52,14 +52,14 @@ class Expected:
 
 @dataclass
 class _Accumulated:
-    """Rows [tokens * top_k, hidden] gathered over the experts."""
+    """Rows [tokens * top_k, hidden] gathered over the experts; moments [tokens * top_k, 2] of the middle's variances."""
 
     row: Tensor
     variance: Tensor
     swapped: Tensor
     stale: Tensor
+    moments: Tensor
     baseline: Tensor | None
-    independent: float = 0.0
     inexact: list[str] = field(default_factory=list)
 
 
@@ -72,13 +72,13 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None) -> Expected:
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
     emulated = zero.clone() if declared is None and case.fill != "exact" else None
-    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone(), emulated)
+    rows = _Accumulated(zero, zero.clone(), zero.clone(), zero.clone(), zero.new_zeros(slots, 2), emulated)
     ideal = SATURATES if case.fill == "exact" else IDEAL
     for _, mine, done, weights in passes(inputs.x, inputs.routing, layer_experts(inputs), ideal):
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
-        rows.independent += independent_errors(middle, shape.hidden)
+        rows.moments[mine] = torch.stack((middle.sum(-1), middle.square().sum(-1)), dim=-1)
         rows.swapped[mine] = _swapped(case, done, weights)
         rows.stale[mine] = forward(stale_x[mine // shape.top_k], weights, activation).row
         if rows.baseline is not None:
@@ -113,7 +113,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     return Expected(
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
-        independent=rows.independent,
+        independent=_independent(inputs, rows),
         exact=case.fill == "exact" and not rows.inexact,
         reason="; ".join(dict.fromkeys(rows.inexact)),
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
@@ -124,14 +124,19 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     )
 
 
+def _independent(inputs: Inputs, rows: _Accumulated) -> float:
+    weights = inputs.routing.weights
+    return independent_errors(rows.moments.view(*weights.shape, 2), weights, inputs.case.shape.hidden)
+
+
 def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Baseline:
     shape, weights, carrier = case.shape, inputs.routing.weights, case.recipe.out
     assert rows.baseline is not None
     emulated, ideal = (r.view(shape.tokens, shape.top_k, shape.hidden) for r in (rows.baseline, rows.row))
     combined = dataclasses.replace(rounding, routing_weight=carrier, weighted=carrier, partial=carrier)
     less, more = (finalize_variance(ideal, torch.zeros_like(ideal), weights, r) for r in (rounding, combined))
-    per_row = rows.independent / max(1, shape.tokens * shape.top_k)
-    neurons = 1 / max(1 / max(per_row, 1e-300) - 1 / shape.hidden, 1e-300)
+    per_token = max(_independent(inputs, rows), 1e-300) / max(1, shape.tokens)
+    neurons = 1 / max(1 / per_token - 1 / shape.hidden, 1e-300)
     return Baseline(finalize(emulated, weights, rounding).cpu(), (more - less).clamp(min=0).cpu(), neurons)
 
 

@@ -25,7 +25,7 @@ FALSE_ALARM = 1e-6  # probability that a right kernel exceeds its limit in one c
 @dataclass(frozen=True)
 class Baseline:
     """output [tokens, hidden]: the emulated recipe's; freedom [tokens, hidden]: variance of roundings that a kernel may add
-    when it sums over experts; neurons: independent errors in an expert's input of GEMM 2, mean over rows. float64, CPU."""
+    when it sums over experts; neurons: independent errors in the inputs of GEMM 2, mean over tokens. float64, CPU."""
 
     output: Tensor
     freedom: Tensor
@@ -70,7 +70,7 @@ def ratios(baseline: Baseline, value: Tensor, sigma: Tensor, got: Tensor, ids: T
     member = member[member.any(-1)]
     widths = torch.tensor([s.numel() for s in torch.empty(hidden).split(STRIPE)])
     whole = torch.tensor(hidden)
-    independent = [  # of one expert a row: `reference.bounds.independent_errors`
+    independent = [  # see `reference.bounds.independent_errors`
         rows / (1 / baseline.neurons + 1 / columns)
         for rows, columns in ((torch.ones(tokens), whole), (tokens, widths), (member.sum(-1), whole))
     ]

@@ -75,14 +75,16 @@ def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, round
     return row + rounding_variance(rounding, "row", done.row)
 
 
-def independent_errors(middle: Tensor, hidden: int) -> float:
-    """How many independent errors the rows of one expert hold: the mean of z**2 over them varies like that of so many.
+def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> float:
+    """How many independent errors an output holds: the mean of z**2 over it varies like that of so many.
 
-    A row's `hidden` outputs mix n middle errors of unequal variance v, n = (sum v)**2 / sum v**2 (participation ratio);
-    the mean of their squares then has relative variance 2 / n + 2 / hidden.
+    middle [tokens, top_k, 2]: sums of the variances v of the errors in an expert's middle, and of v**2; weights [tokens,
+    top_k]. A token's `hidden` outputs mix n = (sum w**2 v)**2 / sum w**4 v**2 errors (participation ratio); the mean of
+    their squares then has relative variance 2 / n + 2 / hidden.
     """
-    total = middle.sum(-1)
-    share = middle.square().sum(-1) / total.square()  # 1 / n; NaN for a row without middle errors: only its own roundings
+    power = weights.square()
+    total, squares = (middle[..., 0] * power).sum(-1), (middle[..., 1] * power.square()).sum(-1)
+    share = squares / total.square()  # 1 / n; NaN for a token without middle errors: only its own roundings
     return float((1 / (share.nan_to_num(0.0) + 1 / hidden)).sum())
 
 

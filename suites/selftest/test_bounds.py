@@ -173,10 +173,22 @@ def test_row_variances_are_weighted_by_the_squared_routing_weight() -> None:
     assert variance.item() == pytest.approx(2.0)
 
 
+def independent(variances: Tensor, weights: list[float], hidden: int) -> float:
+    """variances [tokens, top_k, inter], every token with the same weights."""
+    moments = torch.stack((variances.sum(-1), variances.square().sum(-1)), dim=-1)
+    return independent_errors(moments, torch.tensor([weights], dtype=torch.float64).expand(len(variances), -1), hidden)
+
+
 def test_few_neurons_mean_few_independent_errors() -> None:
     """2880 columns that mix 32 neurons hold 32 errors: a limit made for 2880 raised a false alarm on a right kernel."""
-    assert independent_errors(torch.ones(5, 32, dtype=torch.float64), 2880) == pytest.approx(5 / (1 / 32 + 1 / 2880))
-    lonely = torch.zeros(1, 32, dtype=torch.float64)
-    lonely[0, 3] = 1
-    assert independent_errors(lonely, 2880) == pytest.approx(1, rel=1e-3)
-    assert independent_errors(torch.zeros(1, 32, dtype=torch.float64), 2880) == pytest.approx(2880)
+    assert independent(torch.ones(5, 1, 32).double(), [1], 2880) == pytest.approx(5 / (1 / 32 + 1 / 2880))
+    lonely = torch.zeros(1, 1, 32, dtype=torch.float64)
+    lonely[0, 0, 3] = 1
+    assert independent(lonely, [1], 2880) == pytest.approx(1, rel=1e-3)
+    assert independent(torch.zeros(1, 1, 32).double(), [1], 2880) == pytest.approx(2880)
+
+
+def test_many_experts_do_not_make_more_errors_than_there_are_outputs() -> None:
+    """8 outputs of ten experts are 8 numbers: a limit made for 80 raised a false alarm on a right kernel."""
+    assert independent(torch.ones(1, 10, 256).double(), [0.1] * 10, 8) == pytest.approx(1 / (1 / 2560 + 1 / 8))
+    assert independent(torch.ones(1, 2, 256).double(), [1.0, 0.0], 512) == pytest.approx(1 / (1 / 256 + 1 / 512))
