@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIER ?= smoke
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint bench witnesses mutants clean
+.PHONY: run test lint bench calibrate witnesses mutants clean
 
 run: $(READY)
 	$(BIN)/moecheck run --tier $(TIER) --verbose
@@ -22,6 +22,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m harness.bench
+
+# Right kernels on random cases: every alarm is the judge's fault, and the mean of z**2 must be 1.
+calibrate: $(READY)
+	$(BIN)/python -m harness.calibrate --verdicts $(or $(VERDICTS),10000) --seed $(or $(SEED),0)
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -27,6 +27,7 @@ from harness.oracle import expect, weight_source
 from harness.pipeline import run
 from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
+from reference import fused
 from reference.activation import ACTIVATIONS
 from reference.experts import ExpertWeights
 from reference.formats import all_formats, get
@@ -155,6 +156,31 @@ def device_layer() -> None:
     console.print(f"device: {case.id}: {flops:.1f} TFLOP/s in float64 of {rate:.1f} measured, {flops / rate:.2f} of it")
 
 
+def few_rows() -> None:
+    """33 tokens of 384 experts: the layer in one compiled pass over the codes against what reading them once takes."""
+    cuda = torch.cuda.is_available()
+    case = Case.parse(PRODUCTION if cuda else PRODUCTION.replace("h7168.i512", "h512.i128"))
+    inputs, timer = make_inputs(case, "cuda" if cuda else "cpu"), synchronized if cuda else timed
+    drawn = [(*inputs.gate_up(e), inputs.down(e)) for e in range(case.shape.experts)]
+    stacked = tuple(fused.stack([q for q in half if q is not None]) for half in zip(*drawn, strict=True))
+    activation, active = ACTIVATIONS[case.activation], inputs.topk_ids.unique()
+    fmt = get(case.recipe.weights)
+    experts = Experts(
+        case.shape.experts, lambda e: ExpertWeights(*(fmt.decode(q) for q in drawn[e] if q is not None)), activation
+    )
+    fused.moe(inputs.x, inputs.routing, stacked, activation)  # compiles
+    seconds = min(timer(lambda: fused.moe(inputs.x, inputs.routing, stacked, activation)) for _ in range(3))
+    eager = min(timer(lambda: moe(inputs.x, inputs.routing, experts)) for _ in range(2))
+    held = sum(t[0].numel() * t.element_size() for w in stacked for t in (w.codes, w.scales)) * len(active)
+    copied = torch.empty(2**32 if cuda else 2**28, dtype=torch.uint8, device=inputs.device)
+    rate = 2 * copied.numel() / min(timer(copied.clone) for _ in range(5))
+    share = held / rate / seconds
+    console.print(f"few rows: {case.id}: {len(active)} active experts, {held / 1e6:.0f} MB of codes and scales, a byte a code")
+    console.print(
+        f"few rows: fused {seconds:.4f} s, expert by expert {eager:.4f} s; reading takes {share:.2f} of the fused time"
+    )
+
+
 def encoders() -> None:
     """MB of bf16 input per second of every format's encoder, all its rules, the slowest rule of each format."""
     torch.set_num_threads(os.cpu_count() or 1)
@@ -187,4 +213,5 @@ if __name__ == "__main__":
     replacement()
     encoders()
     reference_layer()
+    few_rows()
     device_layer()

@@ -53,15 +53,14 @@ class Recipe:
     """Format names of what the layer reads and writes: weights, activations, the input of GEMM 2, the output.
 
     Text: `weights[-acts[-middle[-out]]]`, trailing defaults dropped. Defaults: acts = weights where those are plain, else
-    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is fp32. Where acts are quantised, the tokens'
-    values are given in `out`'s type and are fixed points of the quantiser.
+    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is the backend's: `Rounding.accumulate`. Where
+    acts are quantised, the tokens' values are given in `out`'s type and are fixed points of the quantiser.
     """
 
     weights: str
     acts: str
     middle: str
     out: str
-    accumulate: str = "fp32"
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

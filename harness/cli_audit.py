@@ -23,8 +23,10 @@ from harness.faults.mde import table
 from harness.faults.rules import RULES, Rule, close
 from harness.faults.wrong_layers import WRONG_LAYERS
 from harness.plan import Request
+from harness.ratio import assumed_rounding
 from harness.report.audit import WIDTH, as_json, by_effect, by_layer, by_rule, legend, sentences
 from harness.session import detected_platform
+from reference.rounding import Rounding
 
 out = Console(soft_wrap=True, highlight=False, width=max(WIDTH, Console().width))
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -83,7 +85,7 @@ def _request(platform: str | None, tier: str | None, backend: list[str] | None, 
 
 def _effects(request: Request) -> None:
     """Print what the real lane can see of the planned cases, recipe by recipe."""
-    found = table((case, backend.rounding(case)) for case, backend in _cases(request))
+    found = table((case, _rounding(case, backend)) for case, backend in _cases(request))
     if not found:
         raise SelectionError("no case of this selection has the real fill and a token: nothing to measure")
     _show(by_effect(found), *(effect.sentence for effect in found))
@@ -117,4 +119,8 @@ def _cases(request: Request) -> list[tuple[Case, Backend]]:
 
 def _subjects(planned: list[tuple[Case, Backend]]) -> Iterator[Subject]:
     for case, backend in planned:
-        yield subject_of(case, backend.rounding(case))
+        yield subject_of(case, _rounding(case, backend))
+
+
+def _rounding(case: Case, backend: Backend) -> Rounding:
+    return backend.rounding(case) or assumed_rounding(case.recipe)

@@ -3,22 +3,23 @@
 exact: `torch.equal`, element by element, -0 equal to +0.
 real:  z = |got - expected| / sigma. An error built from many independent roundings is close to normal, so the largest of N
        stays below the two-sided normal quantile at FALSE_ALARM / N; and the mean of z**2 stays near 1.
+ratio: where a kernel declares no roundings, no tile errs much more than an emulation's: see `harness.ratio`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from harness.oracle import Expected
+from harness.ratio import FALSE_ALARM, TIMES, ratios
 from harness.verdict import Comparison, Sample
 
-FALSE_ALARM = 1e-6  # probability that a right kernel exceeds the limit in one case, if z is normal
 SAMPLES = 5
-MEAN_Z2_SIGMAS = 5.0  # the measured spread is 0.8 of the derived one, so a right kernel never gets there
 MEAN_Z2_SLACK = 0.05  # a declared recipe sits at 1.00 +- 0.05 (lanes.md measured 0.965 and 0.999)
 
 
@@ -31,18 +32,21 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
     z = torch.where(error == 0, 0.0, error / expected.sigma)
     z = torch.where(finite, z, torch.inf)
     limit = 0.0 if expected.exact else z_limit(int(judged.sum()) * got.shape[-1])
-    bad = (z > limit) & judged[:, None]
+    bad, worst = (z > limit) & judged[:, None], float(z[judged].max()) if z[judged].numel() else 0.0
+    by_ratio = expected.baseline is not None and not expected.exact and bool(judged.any())
+    if by_ratio:
+        bad, worst, limit = *_beyond_ratio(expected, actual, bad), TIMES
     usable = finite & judged[:, None]
     norm = expected.value[usable].square().sum().sqrt()
     mean_z2 = float(z[usable].square().mean()) if usable.any() else 0.0
     return Comparison(
-        lane="exact" if expected.exact else "real",
+        lane="exact" if expected.exact else "ratio" if by_ratio else "real",
         total=int(judged.sum()) * got.shape[-1],
         beyond=int(bad.sum()),
-        worst=float(z[judged].max()) if z[judged].numel() else 0.0,
+        worst=worst,
         limit=limit,
         mean_z2=mean_z2,
-        mean_z2_limit=mean_z2_limit(expected),
+        mean_z2_limit=math.inf if by_ratio else mean_z2_limit(expected.independent),
         rel_l2=float(error[usable].square().sum().sqrt() / norm) if norm > 0 else 0.0,
         nonfinite=int((~finite & judged[:, None]).sum()),
         rows_hit=int(bad.any(-1).sum()),
@@ -51,14 +55,26 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
     )
 
 
+def _beyond_ratio(expected: Expected, actual: Tensor, outliers: Tensor) -> tuple[Tensor, float]:
+    """The elements of failing tiles, of those the `outliers` if there are any, and the worst tile's ratio."""
+    judged, bad, baseline = ~expected.ambiguous, torch.zeros_like(outliers), expected.baseline
+    assert baseline is not None
+    baseline = replace(baseline, output=baseline.output[judged], freedom=baseline.freedom[judged])
+    result = ratios(baseline, expected.value[judged], expected.sigma[judged], actual[judged], expected.routing.ids[judged])
+    bad[judged] = result.failing(actual.shape[-1])
+    return bad & outliers if (bad & outliers).any() else bad, result.worst
+
+
 def z_limit(elements: int) -> float:
     """The two-sided normal quantile at FALSE_ALARM / elements."""
     return -NormalDist().inv_cdf(FALSE_ALARM / (2 * max(1, elements)))
 
 
-def mean_z2_limit(expected: Expected) -> float:
-    """1 + slack + 5 standard deviations of the mean of z**2 over so many independent errors (of n squares: sqrt(2 / n))."""
-    return 1 + MEAN_Z2_SLACK + MEAN_Z2_SIGMAS * math.sqrt(2 / max(1.0, expected.independent))
+def mean_z2_limit(independent: float) -> float:
+    """1 + slack + what chance adds to the mean of n squared normal errors with probability FALSE_ALARM at most:
+    2 sqrt(x / n) + 2 x / n, x = log(1 / FALSE_ALARM) (Laurent and Massart 2000, lemma 1)."""
+    chance = math.sqrt(-math.log(FALSE_ALARM) / max(independent, 1e-9))
+    return 1 + MEAN_Z2_SLACK + 2 * chance + 2 * chance**2
 
 
 def _experts_hit(expected: Expected, bad: Tensor) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.compare import z_limit
 from harness.oracle import Expected
 from harness.verdict import Comparison, Finding
 from harness.whatif import spread
@@ -47,7 +48,8 @@ class Evidence:
         z = torch.where(self.actual.isfinite(), (self.actual - self.value).abs() / expected.sigma, torch.inf)
         self.z = torch.where(self.actual == self.value, 0.0, z)
         judged = ~expected.ambiguous[:, None]
-        bad = (self.z > comparison.limit) & judged
+        limit = z_limit(self.z.numel()) if comparison.lane == "ratio" else comparison.limit
+        bad = (self.z > limit) & judged
         self.bad = bad if bad.any() else (self.z > 0) & judged
 
     @cached_property

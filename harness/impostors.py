@@ -41,6 +41,8 @@ def at(expected: Expected, tokens: Tensor) -> Expected:
         weights=expected.routing.weights[tokens],
         margin=expected.routing.margin[tokens],
     )
+    if (whole := expected.baseline) is not None:
+        cut["baseline"] = replace(whole, output=whole.output[tokens], freedom=whole.freedom[tokens])
     share = len(tokens) / max(1, count)
     return replace(expected, **cut, routing=routing, independent=expected.independent * share)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from harness.case import Case
 from harness.inputs import Inputs
 from harness.mistakes import guarding
+from harness.ratio import Baseline, assumed_rounding
 from harness.whatif import Bystander, Layer, Loader, spread
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
-from reference.experts import ExpertWeights, forward
+from reference.exactness import ACCUMULATORS, exact_in_any_order
+from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.moe import Experts, finalize, passes
 from reference.rounding import Rounding
 from reference.routing import Routing
@@ -28,11 +30,11 @@ AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than 
 class Expected:
     """The judge's side of a case, on the CPU, float64.
 
-    value, sigma [tokens, hidden]; exact: every rounding point leaves the value unchanged, so bits must agree; routing;
-    ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a wrong kernel at the tokens
-    `sampled` [n], [n, hidden];
-    contribution(e): what expert e adds to the output, computed when asked; independent: how many independent errors a
-    right kernel's output holds; layer: the same layer, for what-if questions.
+    value, sigma [tokens, hidden]; exact: neither a rounding point nor the order of a GEMM's sums changes the value, so bits
+    must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
+    wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what expert e adds to the output, computed when
+    asked; independent: how many independent errors a right kernel's output holds; layer: the same layer, for what-if
+    questions; baseline: an emulation to compare with, where sigma is only that of an assumed recipe.
     """
 
     value: Tensor
@@ -46,26 +48,31 @@ class Expected:
     impostors: dict[str, Tensor]
     contribution: Callable[[int], Tensor]
     layer: Layer | None = None
+    baseline: Baseline | None = None
 
 
 @dataclass
 class _Accumulated:
-    """Rows [tokens * top_k, hidden] gathered over the experts."""
+    """Rows [tokens * top_k, hidden] gathered over the experts; moments [tokens * top_k, 2] of the middle's variances."""
 
     row: Tensor
     variance: Tensor
-    independent: float = 0.0
+    moments: Tensor
+    baseline: Tensor | None
     inexact: list[str] = field(default_factory=list)
 
 
-def expect(case: Case, inputs: Inputs, rounding: Rounding, guard: bool = True) -> Expected:
-    """Run the reference once over the experts that received tokens. `rounding`: the backend's declared rounding points. It
-    quantises x as declared: a no-op, but for a rule other than the format's own. Without `guard` no impostors are computed:
-    a relation's inputs are those of a case that has been trusted."""
-    shape, activation, rounding = case.shape, ACTIVATIONS[case.activation], handed(rounding, inputs)
+def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = True) -> Expected:
+    """Run the reference once over the experts that received tokens. `declared`: the backend's rounding points; None where
+    they are unknown: then the real fill is judged by the ratio to an emulation of the case's recipe. It quantises x as
+    declared: a no-op, but for a rule other than the format's own. Without `guard` no impostors are computed: a relation's
+    inputs are those of a case that has been trusted."""
+    rounding = handed(assumed_rounding(case.recipe) if declared is None else declared, inputs)
+    shape, activation = case.shape, ACTIVATIONS[case.activation]
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
-    rows = _Accumulated(zero, zero.clone())
+    emulated = zero.clone() if declared is None and case.fill != "exact" else None
+    rows = _Accumulated(zero, zero.clone(), zero.new_zeros(slots, 2), emulated)
     layer, loader, impostors = Layer(case, inputs.device), Loader(inputs), guarding(case) if guard else {}
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
     experts = Experts(shape.experts, loader.weights, activation)
@@ -74,11 +81,14 @@ def expect(case: Case, inputs: Inputs, rounding: Rounding, guard: bool = True) -
         rows.row[mine] = done.row
         middle = middle_variance(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
-        rows.independent += independent_errors(middle, shape.hidden)
+        rows.moments[mine] = torch.stack((middle.sum(-1), middle.square().sum(-1)), dim=-1)
+        if rows.baseline is not None:
+            rows.baseline[mine] = forward(done.x, weights, activation, rounding).row
         if impostors:
             bystander.see(expert, mine, done)
         if case.fill == "exact":
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
+            rows.inexact += _overflows(rounding.accumulate, done, weights)
     if case.fill == "exact":
         rows.inexact += _moved(rounding, {"x": (inputs.x.double(),)})
     expected = _assemble(case, inputs, rounding, rows)
@@ -108,7 +118,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     variance = finalize_variance(per_token(rows.row), per_token(rows.variance), routing.weights, rounding)
     rounded = finalize(per_token(rows.row), routing.weights, rounding)
     if case.fill == "exact" and not torch.equal(rounded, value):
-        rows.inexact.append("the sum over experts")
+        rows.inexact.append("rounding changes the sum over experts")
     one_less = routing.weights.clone()
     one_less[:, -1] = 0
     sampled = _sampled(inputs)
@@ -116,16 +126,33 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     return Expected(
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
-        independent=rows.independent,
+        independent=_independent(inputs, rows),
         exact=case.fill == "exact" and not rows.inexact,
-        reason=f"rounding changes {', '.join(dict.fromkeys(rows.inexact))}" if rows.inexact else "",
+        reason="; ".join(dict.fromkeys(rows.inexact)),
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
         sampled=sampled.cpu(),
         impostors={name: wrong[sampled].cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
         layer=Layer(case, inputs.device),
+        baseline=None if rows.baseline is None else _baseline(case, inputs, rounding, rows),
     )
+
+
+def _independent(inputs: Inputs, rows: _Accumulated) -> float:
+    weights = inputs.routing.weights
+    return independent_errors(rows.moments.view(*weights.shape, 2), weights, inputs.case.shape.hidden)
+
+
+def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Baseline:
+    shape, weights, carrier = case.shape, inputs.routing.weights, case.recipe.out
+    assert rows.baseline is not None
+    emulated, ideal = (r.view(shape.tokens, shape.top_k, shape.hidden) for r in (rows.baseline, rows.row))
+    combined = dataclasses.replace(rounding, routing_weight=carrier, weighted=carrier, partial=carrier)
+    less, more = (finalize_variance(ideal, torch.zeros_like(ideal), weights, r) for r in (rounding, combined))
+    per_token = max(_independent(inputs, rows), 1e-300) / max(1, shape.tokens)
+    neurons = 1 / max(1 / per_token - 1 / shape.hidden, 1e-300)
+    return Baseline(finalize(emulated, weights, rounding).cpu(), (more - less).clamp(min=0).cpu(), neurons)
 
 
 def layer_experts(inputs: Inputs) -> Experts:
@@ -141,9 +168,19 @@ def weight_source(inputs: Inputs) -> Callable[[int], ExpertWeights]:
 def _moved(rounding: Rounding, points: dict[str, tuple[Tensor | None, ...]]) -> list[str]:
     """The rounding points at which some value is not a fixed point: there two right kernels may differ."""
     return [
-        point
+        f"rounding changes {point}"
         for point, values in points.items()
         if any(v is not None and not torch.equal(rounding.at(point, v), v) for v in values)
+    ]
+
+
+def _overflows(accumulate: str, done: ExpertPass, weights: ExpertWeights) -> list[str]:
+    """The GEMMs whose sums may leave the integers of the accumulator: there two orders of summation may differ."""
+    gemms = (("GEMM 1", done.x, weights.gate), ("GEMM 1", done.x, weights.up), ("GEMM 2", done.middle, weights.down))
+    return [
+        f"{gemm}'s sum exceeds the exact range of {accumulate}"
+        for gemm, a, b in gemms
+        if b is not None and not exact_in_any_order(a, b, ACCUMULATORS[accumulate])
     ]
 
 

@@ -190,7 +190,8 @@ def _reason(comparison: Comparison, diagnosis: Diagnosis | None, findings: list[
     parts = [f.text for f in findings]
     if diagnosis is not None:
         share = f"{comparison.beyond} of {comparison.total} elements beyond the bound"
+        measure = "ratio" if comparison.lane == "ratio" else "z"
         if comparison.beyond == 0:
             share = f"mean z^2 {comparison.mean_z2:.3f} exceeds {comparison.mean_z2_limit:.3f}"
-        parts.append(f"{diagnosis.kind}: {diagnosis.text} [{share}, worst z {comparison.worst:.3g}]")
+        parts.append(f"{diagnosis.kind}: {diagnosis.text} [{share}, worst {measure} {comparison.worst:.3g}]")
     return "; ".join(parts)

@@ -65,7 +65,8 @@ class Sample:
 @dataclass(frozen=True)
 class Comparison:
     """Expected against got. `beyond` elements are outside the bound; worst is the largest z (or the count of differing
-    bits' error in units of sigma in the exact lane); mean_z2 the mean of z**2; rel_l2 = |got - expected| / |expected|."""
+    bits' error in units of sigma in the exact lane, or the largest ratio of a tile); mean_z2 the mean of z**2;
+    rel_l2 = |got - expected| / |expected|."""
 
     lane: str
     total: int

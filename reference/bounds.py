@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference.activation import Activation
 from reference.experts import ExpertPass, ExpertWeights
-from reference.grid import FP32
+from reference.grid import FLOATS, FP32, binade
 from reference.rounding import Rounding
 
 MEAN_SQUARED_ULP = 0.541  # mean of 1 / m**2 over m uniform in log over a binade [1, 2): 3 / (8 ln 2)
@@ -48,11 +48,24 @@ def middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activa
         linear = activation.linear(done.up)
         up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up, done.up)
         middle = middle + by_up.square() * up_variance
-    middle = middle + rounding_variance(rounding, "activated", activated) * linear.square()
-    own = rounding_variance(rounding, "middle", done.middle)
-    if done.up is None and rounding.middle == rounding.gate_up:
-        own = torch.where(done.middle == done.gate, 0.0, own)  # relu and identity pass on what is on the grid already
+    middle = middle + _activated_variance("activated", done.gate, activated, rounding) * linear.square()
+    if done.up is None and rounding.activated is None:
+        own = _activated_variance("middle", done.gate, done.middle, rounding)
+    elif done.up is None and rounding.activated == rounding.middle:
+        own = torch.zeros_like(middle)  # on that grid already
+    else:
+        own = rounding_variance(rounding, "middle", done.middle)
     return middle + own + (done.middle * ACTIVATION_ERROR).square()
+
+
+def _activated_variance(point: str, gate: Tensor, activated: Tensor, rounding: Rounding) -> Tensor:
+    """Variance of rounding act(gate) at `point`. Where the activation is nearly the identity, a gate on the same grid comes
+    back unchanged: relu, and the gelus and silu above 3 to 6. The error is then that of not applying the activation."""
+    variance = rounding_variance(rounding, point, activated)
+    if getattr(rounding, point) != rounding.gate_up or rounding.gate_up not in FLOATS:
+        return variance
+    moved = (activated - gate).square()
+    return torch.where(moved < 3 * variance, moved, variance)  # half a spacing u: u**2 / 4, and variance is u**2 / 12
 
 
 def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, rounding: Rounding) -> Tensor:
@@ -62,14 +75,16 @@ def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, round
     return row + rounding_variance(rounding, "row", done.row)
 
 
-def independent_errors(middle: Tensor, hidden: int) -> float:
-    """How many independent errors the rows of one expert hold: the mean of z**2 over them varies like that of so many.
+def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> float:
+    """How many independent errors an output holds: the mean of z**2 over it varies like that of so many.
 
-    A row's `hidden` outputs mix n middle errors of unequal variance v, n = (sum v)**2 / sum v**2 (participation ratio);
-    the mean of their squares then has relative variance 2 / n + 2 / hidden.
+    middle [tokens, top_k, 2]: sums of the variances v of the errors in an expert's middle, and of v**2; weights [tokens,
+    top_k]. A token's `hidden` outputs mix n = (sum w**2 v)**2 / sum w**4 v**2 errors (participation ratio); the mean of
+    their squares then has relative variance 2 / n + 2 / hidden.
     """
-    total = middle.sum(-1)
-    share = middle.square().sum(-1) / total.square()  # 1 / n; NaN for a row without middle errors: only its own roundings
+    power = weights.square()
+    total, squares = (middle[..., 0] * power).sum(-1), (middle[..., 1] * power.square()).sum(-1)
+    share = squares / total.square()  # 1 / n; NaN for a token without middle errors: only its own roundings
     return float((1 / (share.nan_to_num(0.0) + 1 / hidden)).sum())
 
 
@@ -86,12 +101,32 @@ def _partials(done: ExpertPass, activation: Activation) -> tuple[Tensor, Tensor]
 def finalize_variance(rows: Tensor, variances: Tensor, weights: Tensor, rounding: Rounding) -> Tensor:
     """Variance of the layer's output [tokens, hidden] from rows and their variances [tokens, top_k, hidden]."""
     total, variance = torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0])
-    weight_variance = rounding_variance(rounding, "routing_weight", weights)
+    weight_error = rounding.at("routing_weight", weights) - weights  # of what every kernel computes alike: known
     for k in range(rows.shape[1]):
         weighted = rows[:, k] * weights[:, k, None]
         total = total + weighted
-        variance += weights[:, k, None].square() * variances[:, k] + weight_variance[:, k, None] * rows[:, k].square()
-        variance += rounding_variance(rounding, "weighted", weighted) + FP32.ulp(total).square() / 12
-        if k > 0 or rounding.partial != rounding.weighted:  # a sum of one term is on that term's grid already
+        variance += weights[:, k, None].square() * variances[:, k] + (weight_error[:, k, None] * rows[:, k]).square()
+        points = ("weighted", "partial", "out")[: 3 if rows.shape[1] == 1 else 2] if k == 0 else ("weighted",)
+        variance += _chain_variance(points, weighted, _power_of_two(weights[:, k, None]), rounding)
+        variance += FP32.ulp(total).square() / 12
+        if k > 0:
             variance += rounding_variance(rounding, "partial", total)
-    return variance if rounding.out == rounding.partial else variance + rounding_variance(rounding, "out", total)
+    if rows.shape[1] == 1 or rounding.out == rounding.partial:
+        return variance
+    return variance + rounding_variance(rounding, "out", total)
+
+
+def _chain_variance(points: tuple[str, ...], value: Tensor, same: Tensor, rounding: Rounding) -> Tensor:
+    """Variance of rounding one value at several points with nothing in between: a grid it is on already adds nothing.
+    `same`: where it is still on the grid of "row", the routing weight being a power of two."""
+    variance, grid = torch.zeros_like(value), rounding.row
+    for point in points:
+        at = getattr(rounding, point)
+        if at is not None:
+            variance += torch.where(same & (at == grid), 0.0, rounding_variance(rounding, point, value))
+            same, grid = torch.ones_like(same), at
+    return variance
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    return binade(x.double()) == x

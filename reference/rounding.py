@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reference.exactness import ACCUMULATORS
 from reference.format import Format
 from reference.formats import get
 from reference.grid import FLOATS
@@ -23,6 +24,7 @@ class Rounding:
     middle: input of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum
     over the token's experts; out: the layer's output. x_scale and middle_scale: what a format whose scaling is `static` is
     handed there, as `requantized` takes it; None, and at every other point, scales are fitted to the tensor at hand.
+    accumulate: the accumulator of both GEMMs, one of `reference.exactness.ACCUMULATORS`; ValueError for another name.
     """
 
     x: str | None = None
@@ -36,6 +38,11 @@ class Rounding:
     out: str | None = None
     x_scale: float | None = None
     middle_scale: float | None = None
+    accumulate: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.accumulate not in ACCUMULATORS:
+            raise ValueError(f"accumulator {self.accumulate!r} unknown; known: {', '.join(ACCUMULATORS)}")
 
     def steps(self, point: str) -> tuple[str, ...]:
         """The names a value passes at `point`, in order."""

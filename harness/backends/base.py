@@ -78,10 +78,10 @@ class Backend:
 
     name: unique; library: the distribution whose version is recorded; deterministic: the same call twice gives the same
     bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
-    kernel that is handed top-k ids and weights. rounding(case): where it rounds. probe(device): can it run here at all,
-    asked in the child. limits: what else it refuses, with the axes each limit looks at. prepare(case, inputs): pack and bind.
-    exempt: check of harness/relations.py -> why it is not promised here. expert_parallel: it reads `inputs.local`, skips the
-    slots of other ranks' experts and adds nothing for them.
+    kernel that is handed top-k ids and weights. rounding(case): where it rounds, None where that is not known. probe(device):
+    can it run here at all, asked in the child. limits: what else it refuses, with the axes each limit looks at.
+    prepare(case, inputs): pack and bind. exempt: check of harness/relations.py -> why it is not promised here.
+    expert_parallel: it reads `inputs.local`, skips the slots of other ranks' experts and adds nothing for them.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Backend:
     recipes: tuple[str, ...]
     activations: tuple[str, ...]
     prepare: Callable[[Case, Inputs], Launch]
-    rounding: Callable[[Case], Rounding]
+    rounding: Callable[[Case], Rounding | None]
     routings: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
     probe: Callable[[Device], Support] = always

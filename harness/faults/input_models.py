@@ -121,12 +121,13 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
     """moecheck's real lane for a layer that no case describes: float64 value and sigma of the declared rounding points."""
     tokens, top_k = layer.routing.ids.shape
     rows = torch.zeros(tokens * top_k, layer.x.shape[1], dtype=torch.float64)
-    variance, independent = torch.zeros_like(rows), 0.0
+    variance = torch.zeros_like(rows)
+    moments = torch.zeros(tokens * top_k, 2, dtype=torch.float64)
     activation = layer.experts.activation
     for _, mine, done, weights in passes(layer.x, layer.routing, layer.experts):
         middle = middle_variance(done, weights, activation, rounding)
         rows[mine], variance[mine] = done.row, row_variance(done, weights, middle, rounding)
-        independent += independent_errors(middle, layer.x.shape[1])
+        moments[mine] = torch.stack((middle.sum(-1), middle.square().sum(-1)), dim=-1)
     by_token, weights_of = (tokens, top_k, -1), once(layer.routing)
     sigma = finalize_variance(rows.view(by_token), variance.view(by_token), weights_of, rounding).sqrt()
 
@@ -137,7 +138,7 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
     return Expected(
         value=finalize(rows.view(by_token), weights_of),
         sigma=sigma,
-        independent=independent,
+        independent=independent_errors(moments.view(tokens, top_k, 2), weights_of, layer.x.shape[1]),
         exact=False,
         reason="",
         routing=layer.routing,

@@ -15,6 +15,7 @@ from harness.case import Case, Shape
 from harness.faults.rules import verdicts
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import handed, layer_experts
+from harness.ratio import assumed_rounding
 from harness.subject import Subject
 from reference.experts import ExpertWeights
 from reference.format import Quantized
@@ -130,5 +131,6 @@ def _unnormalised(case: Case, inputs: Inputs) -> Tensor | None:
 def rules_in_use(subject: Subject) -> dict[str, bool]:
     """What every rule in use says of the subject's output; a plain eager implementation is the baseline."""
     inputs = make_inputs(subject.case)
-    eager = layer_of(subject.case, subject.backend.rounding(subject.case), inputs).eager
+    rounding = subject.backend.rounding(subject.case) or assumed_rounding(subject.case.recipe)
+    eager = layer_of(subject.case, rounding, inputs).eager
     return verdicts(subject.result, subject.expected.value, eager)

@@ -19,6 +19,9 @@ def statistics(comparison: Comparison) -> str:
         return "no tokens: shape and dtype only"
     if comparison.lane == "exact":
         return f"{comparison.total - comparison.beyond} of {comparison.total} elements bitwise equal"
+    if comparison.lane == "ratio":
+        limit = f"limit {comparison.limit:.2f}), rel-L2 {comparison.rel_l2:.2e}"
+        return f"worst tile errs {comparison.worst:.3g} times as an emulation does ({limit}"
     mean = f"mean z^2 {comparison.mean_z2:.3f} <= {comparison.mean_z2_limit:.2f}"
     return f"worst z {comparison.worst:.2f} <= {comparison.limit:.2f}, {mean}, rel-L2 {comparison.rel_l2:.2e}"
 
@@ -48,7 +51,7 @@ def explain(verdict: Verdict) -> str:
 def _comparison(comparison: Comparison) -> list[str]:
     bound = (
         statistics(comparison)
-        if comparison.agrees or comparison.lane == "exact"
+        if comparison.agrees or comparison.lane in ("exact", "ratio")
         else (
             f"worst z {comparison.worst:.3g} (limit {comparison.limit:.2f}), mean z^2 {comparison.mean_z2:.3g} "
             f"(limit {comparison.mean_z2_limit:.2f}), rel-L2 {comparison.rel_l2:.2e}"

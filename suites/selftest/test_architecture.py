@@ -31,6 +31,7 @@ CORE = (
     "mistakes",
     "oracle",
     "places",
+    "ratio",
     "relations",
     "select",
     "subject",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.checks import untrusted
-from harness.compare import compare, z_limit
+from harness.compare import compare, mean_z2_limit, z_limit
 from harness.diagnose import diagnose
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import Expected, expect, layer_experts
@@ -152,3 +152,12 @@ def test_a_diagnosis_names_what_is_missing() -> None:
     assert "(48..48)" in diagnose(expected, wrong, compare(expected, wrong)).text
     wrong = broken("constant_factor", right_output(case, inputs), expected)
     assert "2**-2" in diagnose(expected, wrong, compare(expected, wrong)).text
+
+
+@pytest.mark.parametrize("errors", [1, 8, 100, 10_000])
+def test_the_limit_of_the_mean_holds_for_few_errors_too(errors: int) -> None:
+    """Five standard deviations would not: of eight squares one mean in 4000 lies beyond them."""
+    generator = torch.Generator().manual_seed(errors)
+    means = torch.randn(2 * 10**6 // errors, errors, generator=generator).square().mean(-1)
+    assert float(means.max()) < mean_z2_limit(errors) < 1.06 + 7.5 / errors**0.5 + 28 / errors
+    assert errors != 8 or float(means.max()) > 1.05 + 5 * (2 / errors) ** 0.5

@@ -149,3 +149,15 @@ def test_four_over_six_does_not_choose_four_on_equal_errors() -> None:
     q = get("nvfp4_4over6").encode(x, torch.tensor(128.0))
     assert q.scales is not None
     assert (q.codes[0, 15].item(), q.scales.item()) == (7, 0x70)
+
+
+@pytest.mark.parametrize("cached", [1, 100, 10**9])
+def test_four_over_six_is_the_same_however_many_rows_at_a_time(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale = noise(13, 72), torch.tensor(300.0)
+    rows = [get("nvfp4_4over6").encode(row, scale) for row in x.split(1)]
+    monkeypatch.setattr("reference.formats.nvfp4_4over6.CACHED", cached)
+    q = get("nvfp4_4over6").encode(x, scale)
+    assert q.scales is not None
+    assert torch.equal(q.codes, torch.cat([r.codes for r in rows]))
+    assert torch.equal(q.scales, torch.cat([r.scales for r in rows if r.scales is not None]))
+    assert get("nvfp4_4over6").encode(x[:0], scale).shape == (0, 72)

@@ -34,7 +34,7 @@ def mean_z2(rounding: Rounding) -> float:
 @each
 def test_every_point_names_a_grid_or_a_format(name: str) -> None:
     rounding = RECIPES[name].rounding
-    for point in vars(rounding):
+    for point in POINTS:
         assert all(step in FLOATS or step in all_formats() for step in rounding.steps(point))
     assert RECIPES[name].source
 
@@ -67,7 +67,7 @@ def test_a_format_at_a_point_quantises_and_reads_back() -> None:
 
 def test_the_ideal_layer_rounds_nowhere() -> None:
     value = torch.rand(3, 32, dtype=torch.float64)
-    assert all(torch.equal(IDEAL.at(point, value), value) for point in vars(IDEAL))
+    assert all(torch.equal(IDEAL.at(point, value), value) for point in POINTS)
 
 
 POINTS = ("x", "routing_weight", "gate_up", "activated", "middle", "row", "weighted", "partial", "out")
