@@ -98,7 +98,6 @@ class _EarlyShared(_Early):
 class SumBeforeTheWarpHasWritten(OwnRouter):
     """Without a __syncwarp the summing thread may read the top-k weights before they are written: 0, and w / 0 is inf."""
 
-    DETERMINISTIC = True  # as the library says
     ROUTER = _EarlyShared
 
 
