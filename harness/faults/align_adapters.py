@@ -15,7 +15,7 @@ from harness.twins.aligned import AlignedMoe, Blocks
 from harness.twins.base import Gemm
 from harness.twins.memory import load, store
 
-ADAPTERS = 2  # active ones: tokens take turns, and every third has none
+ADAPTERS = 2  # of max_loras; tokens take turns, and every third has none
 SETS = ADAPTERS + 1
 
 
@@ -37,8 +37,12 @@ class AdapterMoe(AlignedMoe):
         """Places of one adapter: whole blocks."""
         return -(-self.needed(slots) // self.BLOCK_M) * self.BLOCK_M
 
+    def active(self) -> int:
+        """Sets that have a token: the first ones."""
+        return min(SETS, self.shape.tokens)
+
     def grid(self) -> int:
-        """Adapters that the alignment kernel is launched for; none counts as one."""
+        """Programs of the alignment kernel: none counts as an adapter."""
         return SETS
 
     def align(self, ids: Tensor) -> AdapterBlocks:
@@ -47,7 +51,7 @@ class AdapterMoe(AlignedMoe):
         sizes = (SETS * self.allocated(slots), SETS * (-(-self.needed(slots) // self.BLOCK_M)), SETS)
         sorted_ids, expert_ids, adapters = (torch.empty(size, dtype=torch.int32) for size in sizes)
         found = AdapterBlocks(sorted_ids, expert_ids, 0, adapters)
-        for adapter in range(self.grid()):
+        for adapter in range(min(self.grid(), self.active())):
             self.align_adapter(adapter, ids, found)
         return found
 
@@ -68,7 +72,7 @@ class AdapterMoe(AlignedMoe):
         """Once per adapter, over its part of the metadata."""
         assert isinstance(blocks, AdapterBlocks)
         places, each = self.allocated(gemm.out.shape[0]), len(blocks.expert_ids) // SETS
-        for adapter in range(SETS):
+        for adapter in range(self.active()):
             sorted_ids = load(blocks.sorted_ids, adapter * places + torch.arange(places))
             expert_ids = load(blocks.expert_ids, adapter * each + torch.arange(each))
             super().gemm(gemm, Blocks(sorted_ids, expert_ids, int(blocks.adapters[adapter])))
@@ -86,7 +90,7 @@ class GridForgetsNoAdapter(AdapterMoe):
     """The grid has max_loras programs, not one more for tokens without an adapter: their metadata is never written."""
 
     def grid(self) -> int:
-        """All adapters are active."""
+        """Enough unless all adapters are active and some token has none."""
         return ADAPTERS
 
 

@@ -77,5 +77,10 @@ FAULTS = (
     planted("B174", NoTokensReturnTheMap, "https://github.com/ROCm/TransformerEngine/pull/161", ("output_type",)),
     planted("B188", DuplicateExpertCountedOnce, "https://github.com/ggml-org/llama.cpp/pull/26294", ("duplicate_expert",)),
     planted("B203", PaddingLanesCounted, "https://github.com/ByteDance-Seed/Triton-distributed/issues/181", ("exception",)),
-    planted("B205", OneSlotPerExpert, "https://github.com/vllm-project/vllm-xpu-kernels/issues/453", UNWRITTEN),
+    planted(
+        "B205",
+        OneSlotPerExpert,
+        "https://github.com/vllm-project/vllm-xpu-kernels/issues/453",
+        (*UNWRITTEN, "duplicate_expert"),
+    ),
 )
