@@ -6,12 +6,12 @@ import pytest
 
 from harness.backends.base import CPU
 from harness.case import Case
-from harness.faults.align_adapters import AdapterMoe
-from harness.faults.align_addresses import ScaledRowsMoe
-from harness.faults.align_replicas import ReplicatedMoe
-from harness.faults.align_sentinel import ContiguousMoe, GatherMoe
-from harness.faults.routing_select import OwnRouter
-from harness.faults.routing_shared import SharedExpertMoe
+from harness.faults.bugs.align_adapters import AdapterMoe
+from harness.faults.bugs.align_addresses import ScaledRowsMoe
+from harness.faults.bugs.align_replicas import ReplicatedMoe
+from harness.faults.bugs.align_sentinel import ContiguousMoe, GatherMoe
+from harness.faults.bugs.routing_select import OwnRouter
+from harness.faults.bugs.routing_shared import SharedExpertMoe
 from harness.pipeline import run
 from harness.twins.base import Twin
 from harness.verdict import Status

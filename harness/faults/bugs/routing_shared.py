@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from harness.faults.fault import planted
-from harness.faults.routing_select import OwnRouter
+from harness.faults.bugs.routing_select import OwnRouter
 from harness.twins.aligned import NOWHERE, AlignedMoe
 from harness.twins.router import Router
 
