@@ -1,4 +1,4 @@
-"""Grouped GEMMs: offsets computed in too narrow an integer. Historically 32 bits; 16 here, the tensors being that much smaller."""
+"""Grouped GEMMs: offsets computed in too narrow an integer: 32 bits in history, 16 here, where tensors are small."""
 
 from __future__ import annotations
 

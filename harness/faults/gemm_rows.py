@@ -18,7 +18,7 @@ from harness.twins.batched import BatchedMoe, Slabs
 from harness.twins.grouped import GroupedMoe, Permutation
 from harness.twins.memory import load
 
-ALLOCATION = 512  # bytes: what a caching allocator rounds an allocation up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+ALLOCATION = 512  # bytes that CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 INT4 = "int4_g32"
 
 
@@ -86,7 +86,8 @@ class NegativeExpertComputed(AlignedMoe):
     def program(self, gemm: Gemm, blocks: Blocks, block: int, tile: int) -> None:
         """No test of the expert."""
         if block * self.BLOCK_M >= blocks.post_padded or int(blocks.expert_ids[block]) != NOWHERE:
-            return super().program(gemm, blocks, block, tile)
+            super().program(gemm, blocks, block, tile)
+            return
         slots = load(blocks.sorted_ids, block * self.BLOCK_M + torch.arange(self.BLOCK_M)).long()
         mask = slots < gemm.out.shape[0]
         self.write(gemm, self.multiply(gemm, NOWHERE, slots // gemm.divisor, mask, tile), slots, mask, tile)
@@ -213,7 +214,9 @@ FAULTS = (
         "https://github.com/vllm-project/vllm/pull/28619",
         ("repeat", "next_step", "other_weights", "constant_factor"),
     ),
-    planted("B213", WeightOfPreviousRow, "https://github.com/vllm-project/vllm/issues/48895", ("zero_weight", "constant_factor")),
+    planted(
+        "B213", WeightOfPreviousRow, "https://github.com/vllm-project/vllm/issues/48895", ("zero_weight", "constant_factor")
+    ),
     planted(
         "B025",
         HalfWeightsReadAsFloat,
