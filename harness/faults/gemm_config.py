@@ -82,7 +82,7 @@ class BatchLimitOfOtherArch(VectorKernels):
 
 
 class AssertsOneToken(AlignedMoe):
-    """An assertion of the quantised kernel wants as many rows as experts used, which holds for one token alone; it aborts."""
+    """An assertion of the quantised kernel, as many rows as experts used, holds for one token alone: it aborts."""
 
     def run(self, out: Tensor) -> None:
         """GGML_ASSERT(ne1 == n_expert_used)."""
@@ -112,7 +112,7 @@ class StagedKernel(GroupedMoe):
 
 
 class StagesForgetDownBuffers(StagedKernel):
-    """The number of stages leaves out the down projection's buffers: from inter 128 on the kernel asks for too much memory."""
+    """The stage count leaves out the down projection's buffers: from inter 128 on the kernel wants too much memory."""
 
     def stages(self, down: int) -> int:
         """Below, the remainder of the division has room for them."""

@@ -123,7 +123,7 @@ class SizedSteps(AlignedMoe):
 
 
 class ExpertsFromWrongAxis(SizedSteps):
-    """The block heuristic is given B.size(1), the rows, as the number of experts: BLOCK_K grows past the kernel's instances."""
+    """The heuristic is given B.size(1), the rows, as number of experts: BLOCK_K grows past what the kernel takes."""
 
     def experts(self, gemm: Gemm) -> int:
         """Axis 1 of [experts, rows, columns]."""
