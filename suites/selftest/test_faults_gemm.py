@@ -6,11 +6,11 @@ import pytest
 
 from harness.backends.base import CPU
 from harness.case import Case
-from harness.faults.gemm_config import DieOrder, StagedKernel, VectorKernels
-from harness.faults.gemm_rows import AdapterMoe, DenseCombine, PaddedRows
-from harness.faults.gemm_scales import FilthyPadding, QuadTiles, TransformedScales
-from harness.faults.gemm_state import ProfiledTiles
-from harness.faults.gemm_tiles import ScalePerStep, ScaleRowPerStep, SizedSteps
+from harness.faults.bugs.gemm_config import DieOrder, StagedKernel, VectorKernels
+from harness.faults.bugs.gemm_rows import AdapterMoe, DenseCombine, PaddedRows
+from harness.faults.bugs.gemm_scales import FilthyPadding, QuadTiles, TransformedScales
+from harness.faults.bugs.gemm_state import ProfiledTiles
+from harness.faults.bugs.gemm_tiles import ScalePerStep, ScaleRowPerStep, SizedSteps
 from harness.pipeline import run
 from harness.twins.base import Twin
 from harness.verdict import Status
