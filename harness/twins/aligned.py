@@ -114,8 +114,12 @@ class AlignedMoe(Twin):
             return
         total = self.multiply(gemm, expert, slots // gemm.divisor, mask, tile)
         if gemm.weighted:
-            total = total * load(self.topk()[1], slots, mask)[:, None]
+            total = total * self.row_weights(slots, mask)[:, None]
         self.write(gemm, total, slots, mask, tile)
+
+    def row_weights(self, slots: Tensor, mask: Tensor) -> Tensor:
+        """float32 [BLOCK_M]: the routing weights of a block's slots."""
+        return load(self.topk()[1], slots, mask)
 
     def activation_kernel(self, pre: Tensor, middle: Tensor) -> None:
         """act(gate) * up in fp32, row by row."""
