@@ -67,7 +67,7 @@ class OneSided(RankedMoe):
 
 
 class SentinelIndexesExpertMap(OneSided):
-    """Padding slots carry id -1 and expert_map is indexed before they are filtered: -1 wraps to the last expert, local or not."""
+    """Padding slots carry id -1 and index expert_map before they are filtered: -1 wraps to the last expert."""
 
     def local_ids(self, rank: int, ids: Tensor) -> Tensor:
         """On the last rank the last expert is local: padding is computed and sent wherever its slot field points."""
@@ -75,7 +75,7 @@ class SentinelIndexesExpertMap(OneSided):
 
 
 class PaddingNotSanitized(OneSided):
-    """dispatch() is not told the invalid expert id, so nothing sanitizes the slots beyond the counts: their ids are garbage."""
+    """dispatch() is not told an invalid expert id, so the ids of slots beyond the counts are never sanitized."""
 
     def sanitize(self, box: Inbox) -> None:
         """The kernel is skipped without an id to write."""
@@ -99,6 +99,13 @@ class KeptInboxes(OneSided):
         return self.boxes[-1]
 
 
+class PaddingKeepsOldIds(KeptInboxes):
+    """Slots beyond the counts are not sanitized in a kept workspace: they hold valid ids of an earlier call."""
+
+    def sanitize(self, box: Inbox) -> None:
+        """Harmless until a rank receives less than before."""
+
+
 class SanitizedAfterRelease(KeptInboxes):
     """The sanitize kernel releases its dependents before it writes (PDL): the experts read the ids of the call before."""
 
@@ -117,7 +124,7 @@ class SanitizedAfterRelease(KeptInboxes):
 
 
 class QueueOverrun(RankedMoe):
-    """A send queue holds 8 requests per expert and is not drained in time: under a hot expert later ones overwrite earlier ones."""
+    """A send queue of 8 requests per expert is not drained in time: under a hot expert later ones overwrite earlier."""
 
     DEPTH: ClassVar[int] = 8  # NVSHMEM_QP_DEPTH in the thread, where 512 tokens fit and more do not
 
@@ -146,6 +153,7 @@ FAULTS = (
         "https://github.com/sgl-project/sglang/pull/24850",
         ("non_finite", "nan_from_padding", "poison", "exception"),
     ),
+    planted("B081", PaddingKeepsOldIds, "https://github.com/sgl-project/sglang/pull/24850", ("next_step", "graph", "stale")),
     planted(
         "B131",
         SanitizedAfterRelease,

@@ -1,4 +1,4 @@
-"""Faults of what ranks must agree on: sizes, id types, ranks without tokens; and a combine that now and then reads too early."""
+"""Faults of what ranks must agree on (sizes, id types, ranks without tokens), and of a combine that reads too early."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.twins.ranks import Mailbox, RankedMoe
 
 
 class StrideFromOwnTokens(RankedMoe):
-    """A sender's stride in the receive buffers comes from its own token count, not the largest: rows land in other ranks' slots."""
+    """A sender's stride in the receive buffers comes from its own token count, not the largest: rows land elsewhere."""
 
     sender: int | None = None
 
@@ -32,7 +32,7 @@ class StrideFromOwnTokens(RankedMoe):
 
 
 class ExactCapacity(RankedMoe):
-    """Clean: without dropped tokens the capacity is the largest count of any expert on any rank: an all-reduce agrees on it."""
+    """Clean: without dropped tokens the capacity is any expert's largest count on any rank, by an all-reduce."""
 
     def run(self, out: Tensor) -> None:
         """An all-to-all of unequal shapes never completes."""
@@ -57,7 +57,7 @@ class ExactCapacity(RankedMoe):
 
 
 class CapacityFromOwnTokens(ExactCapacity):
-    """Each rank takes the capacity from its own tokens: the shapes of the all-to-all differ between ranks, and it never returns."""
+    """Each rank takes the capacity from its own tokens: the shapes of the all-to-all differ, and it never returns."""
 
     def agreed(self, rank: int) -> int:
         """No all-reduce."""
@@ -98,7 +98,7 @@ class EmptyRankRefused(RankedMoe):
 
 
 class CombineTakesStaleChunk(RankedMoe):
-    """At full batches one combine in fifty reads a quarter of one row before it arrived: what the slot held is another row's."""
+    """At full batches one combine in fifty reads a quarter of one row too early: it takes what the slot held before."""
 
     FULL: ClassVar[int] = 17  # tokens of a rank, the most it ever has here; 256 in the thread, where 128 are clean
     RARELY: ClassVar[int] = 50  # calls: 1.5 % to 3.3 % of them in the thread

@@ -1,4 +1,4 @@
-"""Faults of what a wrapper passes in or asks for: id types, result classes, features and alignments nobody checked, builds."""
+"""Faults of what a wrapper passes in or asks for: id types, result classes, features, alignments, builds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JitBuilt(BatchedMoe):
 
 
 class JitHeaderMissing(JitBuilt):
-    """The image lacks cublasLt.h, which only the just-in-time build of the NVFP4 kernels includes: the first call raises."""
+    """The image lacks cublasLt.h, which only the just-in-time build of the NVFP4 kernels includes: it raises."""
 
     IMAGE: ClassVar[tuple[str, ...]] = ("cuda_fp4.h",)
 
@@ -55,7 +55,7 @@ class WarpIllegalAddressAborts(BatchedMoe):
 
 
 class SentinelCastToUnsigned(AlignedMoe):
-    """Ids are cast to uint32, so the sentinel -1 of another rank's expert is 4294967295: not below 0, and used as an index."""
+    """Ids are cast to uint32: the sentinel -1 of another rank's expert is 4294967295, not below 0, and an index."""
 
     def topk(self) -> tuple[Tensor, Tensor]:
         """int64 holds what uint32 would."""
@@ -116,7 +116,7 @@ class RunnerReadsOneOutputClass(TwoDispatchers):
 
 
 class AutoSelected(AlignedMoe):
-    """Clean: top-1 models whose weight is 1 ask for the router weight on the input, which only one of two kernels can do."""
+    """Clean: top-1 layers whose weight is 1 want the router weight on the input, which one of two kernels can do."""
 
     def gemm(self, gemm: Gemm, blocks: Blocks) -> None:
         """On the input is behind GEMM 1's sum: it is linear."""
@@ -131,7 +131,7 @@ class AutoSelected(AlignedMoe):
 
 
 class SelectorIgnoresFeature(AutoSelected):
-    """Auto-selection picks a kernel without asking whether it can apply the router weight on the input; the kernel asserts."""
+    """Auto-selection does not ask whether the kernel can apply the router weight on the input; the kernel asserts."""
 
     def select(self, on_input: bool) -> str:
         """The fastest one."""
@@ -193,7 +193,7 @@ class Placed(AlignedMoe):
 
 
 class PlacementMapInt64(Placed):
-    """The logical-to-physical expert map is a torch.tensor without a dtype: remapped ids are int64, the kernel takes int32."""
+    """The logical-to-physical map is a torch.tensor without a dtype: remapped ids are int64, the kernel takes int32."""
 
     MAP_DTYPE: ClassVar[torch.dtype | None] = None
 
@@ -228,7 +228,7 @@ class AlignmentDeclared(GroupedMoe):
 
 
 class ShardedInterUnaligned(AlignmentDeclared):
-    """A tensor-parallel shard of inter misses the kernel's alignment and nobody asked: the launcher asserts at warm-up."""
+    """A tensor-parallel shard of inter misses the kernel's alignment and nobody asked: the launcher asserts."""
 
     UNDECLARED: ClassVar[tuple[str, ...]] = ("bf16", "fp16", "fp8_tensor")
 

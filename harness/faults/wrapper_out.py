@@ -16,7 +16,7 @@ from harness.twins.grouped import GroupedMoe, Permutation
 
 
 class OutReboundLocally(BatchedMoe):
-    """The wrapper works on a copy of `out` in the kernel's layout and ends in `out = ...`: the caller's buffer is never written."""
+    """The wrapper works on a copy of `out` in the kernel's layout and ends in `out = ...`: the caller's stays unwritten."""
 
     def out(self, buffer: Tensor) -> object:
         """The kernel wants the token index innermost; nothing is copied back."""
@@ -27,7 +27,7 @@ class OutReboundLocally(BatchedMoe):
 
 
 class OutLeftPermuted(BatchedMoe):
-    """GEMM 2 writes `out` [E, m, k] in its own order (m, k, E); the closing `out = out.permute(2, 0, 1)` re-binds a local name."""
+    """GEMM 2 writes `out` [E, m, k] in its order (m, k, E); the closing `out = out.permute(2, 0, 1)` re-binds a name."""
 
     def gemm(self, gemm: Gemm, slabs: Slabs) -> None:
         """The caller reads the same bytes as [E, m, k]."""
@@ -39,7 +39,7 @@ class OutLeftPermuted(BatchedMoe):
 
 
 class ListOp(GroupedMoe):
-    """Clean: an op that returns a list, [output] or the intermediates of an unfinished layer, and an adapter that unwraps it."""
+    """Clean: an op that returns a list, [output] or an unfinished layer's intermediates; an adapter unwraps it."""
 
     do_finalize: bool = True
     intermediates: ClassVar[list[Tensor]] = []
@@ -65,7 +65,7 @@ class ListOp(GroupedMoe):
 
 
 class ListForTensor(ListOp):
-    """The op returns [output] since a release; the MXINT4 path still passes on what it returns as if it were the tensor."""
+    """The op returns [output] since a release; the MXINT4 path passes it on as if it were the tensor."""
 
     def __call__(self) -> Tensor:
         """The other paths unwrap."""
@@ -109,7 +109,7 @@ class CachedResult(GroupedMoe):
 
 
 class WorkspaceReturned(CachedResult):
-    """The result leaves its cached workspace by `.to(dtype)`, a no-op in fp32: the next call overwrites what was returned."""
+    """The result leaves its cached workspace by `.to(dtype)`, a no-op in fp32: the next call overwrites it."""
 
     def leave(self, result: Tensor) -> Tensor:
         """A copy only where the dtype changes."""
@@ -117,7 +117,7 @@ class WorkspaceReturned(CachedResult):
 
 
 class NullPointerRejected(GroupedMoe):
-    """The kernel checks its input pointer, and an empty tensor's is null: a batch of no tokens dies instead of giving [0, hidden]."""
+    """The kernel checks that its input pointer is not null, but an empty tensor's is: a batch of no tokens raises."""
 
     def run(self, out: Tensor) -> None:
         """The MXFP4 path has no early return."""
@@ -153,9 +153,7 @@ FAULTS = (
         ("input_mutated", "aliasing", "repeat"),
     ),
     replace(
-        planted(
-            "B220", WorkspaceReturned, "https://github.com/SJTU-DENG-Lab/Diffulex/pull/37", ("aliasing", "next_step")
-        ),
+        planted("B220", WorkspaceReturned, "https://github.com/SJTU-DENG-Lab/Diffulex/pull/37", ("aliasing", "next_step")),
         clean=CachedResult.backend(),
     ),
     planted("B061", NullPointerRejected, "https://github.com/sgl-project/sglang/issues/38773", ("exception",)),

@@ -48,7 +48,7 @@ class LoraBranch(AlignedMoe):
 
 
 class BranchGetsUnscaledFp8(LoraBranch):
-    """The LoRA branch reads the activations after they were scaled for FP8, without their scale: its delta is 128 times too small."""
+    """The LoRA branch reads activations already scaled for FP8, without their scale: its delta is 128 times too small."""
 
     def side_input(self, a: Tensor) -> Tensor:
         """Only FP8 layers scale."""
@@ -56,7 +56,7 @@ class BranchGetsUnscaledFp8(LoraBranch):
 
 
 class StaleAdapterIds(LoraBranch):
-    """The LoRA kernels' token ids are refreshed only by batches with an adapter: a base batch behind one gets its delta on top."""
+    """LoRA token ids are refreshed only by batches with an adapter: a base batch behind one gets its delta on top."""
 
     adapter = False
 
@@ -98,7 +98,7 @@ class SharedAfterRouted(AlignedMoe):
 
 
 class SharedReadsRoutedOutput(SharedAfterRouted):
-    """bf16 routed experts write their output over hidden_states, and the shared expert evaluated afterwards reads it: S(R(x))."""
+    """bf16 routed experts write their output over hidden_states, which the shared expert reads afterwards: S(R(x))."""
 
     def routed(self, columns: range) -> Tensor:
         """In place; the other types have a buffer of their own."""

@@ -1,4 +1,4 @@
-"""Faults of workspaces, tuners and replays: sized for another path, zeroed once, profiled on a wrong dummy, not waited for."""
+"""Faults of workspaces, tuners and replays: sized for another path, zeroed once, a wrong dummy, no wait."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.twins.weights import Stack
 
 
 class Chunked(BatchedMoe):
-    """Clean: chunks of tokens, one after another; a short last chunk takes the masked kernels, whose slabs have a fixed size."""
+    """Clean: chunks of tokens in turn; a short last one takes the masked kernels, whose slabs have a fixed size."""
 
     CHUNK: ClassVar[int] = 8  # 128 in the thread, where a batch of 130 leaves a chunk of 2
     FEW: ClassVar[int] = 4  # tokens up to which a chunk takes the masked kernels
@@ -52,7 +52,7 @@ class Chunked(BatchedMoe):
 
 
 class WorkspaceOfFirstChunk(Chunked):
-    """Workspaces are sized once, for the first chunk's implementation; a short last chunk takes another one that needs more."""
+    """Workspaces are sized once, by the first chunk's implementation; a short last chunk takes one that needs more."""
 
     def enter(self, start: int) -> None:
         """Once per call."""
@@ -61,7 +61,7 @@ class WorkspaceOfFirstChunk(Chunked):
 
 
 class CountsOfFirstChunk(Chunked):
-    """expert_num_tokens is not computed again per chunk: later chunks multiply as many rows per expert as the first one had."""
+    """expert_num_tokens is not computed again per chunk: later chunks multiply as many rows per expert as the first."""
 
     def dispatch(self, ids: Tensor) -> Slabs:
         """The rows themselves are the chunk's own."""
@@ -77,7 +77,7 @@ class CountsOfFirstChunk(Chunked):
 
 
 class LastArriverFinalizes(GroupedMoe):
-    """Clean: experts count their arrivals in a zeroed scratchpad; the last one runs the finalize and resets the counter."""
+    """Clean: experts count arrivals in a zeroed scratchpad; the last one runs the finalize and resets the counter."""
 
     scratch: Tensor | None = None
 
@@ -131,7 +131,7 @@ class Autotuned(GroupedMoe):
 
 
 class DummyScalesUnpadded(Autotuned):
-    """The tuner's generic initialiser gives the swizzled scales their logical size: profiling reads past them, serving is right."""
+    """The tuner's dummy of the swizzled scales has their logical size: profiling reads past it, serving is right."""
 
     def dummy_scales(self, weights: Stack) -> Tensor | None:
         """Rows times blocks, without the padding that the layout derives."""
@@ -189,7 +189,5 @@ FAULTS = (
         "https://github.com/flashinfer-ai/flashinfer/issues/3558",
         ("exception", "tactic"),
     ),
-    planted(
-        "B224", ReplayWithoutHandshake, "https://github.com/FlashML-org/FreeToken/issues/350", ("graph", "stale")
-    ),
+    planted("B224", ReplayWithoutHandshake, "https://github.com/FlashML-org/FreeToken/issues/350", ("graph", "stale")),
 )
