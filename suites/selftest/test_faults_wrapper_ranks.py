@@ -6,12 +6,12 @@ import pytest
 
 from harness.backends.base import CPU
 from harness.case import Case
-from harness.faults.ranks_dispatch import KeptInboxes, OneSided
-from harness.faults.ranks_geometry import ExactCapacity, IdsOfInt32
-from harness.faults.wrapper_api import AlignmentDeclared, AutoSelected, JitBuilt, PackedIds, Placed, TwoDispatchers
-from harness.faults.wrapper_out import CachedResult, ListOp
-from harness.faults.wrapper_side import LoraBranch, SharedAfterRouted
-from harness.faults.wrapper_workspace import Autotuned, Chunked, HostExecutor, LastArriverFinalizes
+from harness.faults.bugs.ranks_dispatch import KeptInboxes, OneSided
+from harness.faults.bugs.ranks_geometry import ExactCapacity, IdsOfInt32
+from harness.faults.bugs.wrapper_api import AlignmentDeclared, AutoSelected, JitBuilt, PackedIds, Placed, TwoDispatchers
+from harness.faults.bugs.wrapper_out import CachedResult, ListOp
+from harness.faults.bugs.wrapper_side import LoraBranch, SharedAfterRouted
+from harness.faults.bugs.wrapper_workspace import Autotuned, Chunked, HostExecutor, LastArriverFinalizes
 from harness.pipeline import OracleCache, run
 from harness.twins.base import Twin
 from harness.verdict import Status
