@@ -9,7 +9,7 @@ from harness.backends.base import Launch
 from harness.case import Case
 from harness.impostors import passing
 from harness.inputs import Inputs
-from harness.memory import HUGE, NAN, RedZones, held, poisoned
+from harness.memory import HUGE, NAN, RedZones, held
 from harness.oracle import Expected
 from harness.relations import CHECKS
 from harness.subject import Subject, bits, malformed, same
@@ -24,6 +24,7 @@ STATUS = {
     "out_overrun": Status.CORRUPTING,
     "aliasing": Status.CORRUPTING,
     "never_written": Status.WRONG,
+    "other_tokens": Status.WRONG,
     "repeat": Status.UNSTABLE,
     "poison": Status.UNSTABLE,
     **{check.name: check.status for check in CHECKS},
@@ -50,20 +51,21 @@ def _watched(inputs: Inputs, launch: Launch) -> dict[str, Tensor]:
 
 def repeated(subject: Subject, zones: RedZones) -> Finding | None:
     """The same call with another poison in whatever nobody wrote: the same bits are due where the backend declares itself
-    deterministic. A third call, with the first poison, tells a read of unwritten memory from a race."""
+    deterministic. Two more calls, with the first and the second poison, tell a read of unwritten memory from a race."""
     output = _call(subject, zones, HUGE)
     if same(subject.result, output):
         return None
     if finding := malformed(subject.case, output, subject.device):
         return Finding("repeat", f"the second call: {finding.text}")
     assert isinstance(output, Tensor)
-    unwritten = int((held(subject.result, NAN) & held(output.cpu(), HUGE)).sum())
+    second = output.detach().cpu().clone()
+    unwritten = int((held(subject.result, NAN) & held(second, HUGE)).sum())
     total = subject.result.numel()
     if unwritten:
-        text = f"{unwritten} of {total} output elements are never written: they hold what memory held before"
+        text = f"{unwritten} of {total} output elements hold what memory held before: never written, or copied from there"
         return Finding("never_written", text, {"elements": unwritten})
-    differing = int((subject.result != output.cpu()).sum())
-    if same(subject.result, _call(subject, zones, NAN)):
+    differing = int((subject.result != second).sum())
+    if same(subject.result, _call(subject, zones, NAN)) and same(second, _call(subject, zones, HUGE)):
         text = f"{differing} of {total} elements depend on memory that nobody wrote: they change with its content"
         return Finding("poison", text, {"elements": differing})
     text = f"{differing} of {total} elements differ between two calls on the same input"
@@ -72,8 +74,7 @@ def repeated(subject: Subject, zones: RedZones) -> Finding | None:
 
 def _call(subject: Subject, zones: RedZones, byte: int) -> object:
     zones.fill(byte)
-    with poisoned(byte, subject.device):
-        return subject.run(subject.launch.call)
+    return subject.run(subject.launch.call, byte)
 
 
 def overrun(zones: RedZones) -> Finding | None:

@@ -51,8 +51,8 @@ KINDS = ("never_written", "nan_from_padding", "non_finite", *PREDICTING, "tail_t
 def diagnose(expected: Expected, got: Tensor, comparison: Comparison, findings: Sequence[Finding] = ()) -> Diagnosis:
     """What the failure looks like. got [tokens, hidden] in the out dtype, CPU; `findings` of the checks of the same call.
 
-    A finding "poison" (the output depends on what uninitialised memory held) may say in its evidence which "buffer" was
-    poisoned ("output", "workspace", ...) and with what numbers ("poison"); "repeat" makes an unexplained error unstable.
+    "never_written" says that elements hold the poison that memory held before, "poison" that the output changes with it;
+    "repeat" makes an unexplained error unstable.
     """
     assert expected.layer is not None  # of a case, which everything judged has
     e = Evidence(expected, got, comparison, findings)

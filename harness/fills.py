@@ -20,6 +20,7 @@ BINADES = 4  # the real fill spreads floating-point codes over this many binades
 ROUND_UP = 1.5  # what rounding scales up to a power of two adds to their root mean square
 POWERS = 3  # block scales of the exact fill: three powers of two, all that E2M1's integers 1, 2, 4 have room for
 FEW_BLOCKS = 8  # of a matrix: below, random scales would too often agree with the next block's or expert's (one time in three)
+SCALE_LEVELS = (2.0**-7, 8.0, 192.0)  # E4M3 scales around its subnormals, its middle and below its end 448
 SCALE_STEPS = 256  # real block scales are base * 2**{-1, 0} * (1 + j / 256), exact in float64 on every device
 
 
@@ -83,9 +84,9 @@ def _real_scales(fmt: Format, shape: tuple[int, int], stream: Stream, base: floa
         base /= ROUND_UP
     if not fmt.scaling.global_scale:
         return _store(fmt, jitter * base), None
-    # The block scales sit around 8, the middle of the scale grid; the global scale carries the rest (encode sense).
-    middle = 8.0
-    odd = 1 + (int(stream.child("global").fields(1, 1, 16)) & (SCALE_STEPS - 1)) / SCALE_STEPS
+    # The block scales sit somewhere on the scale grid; the global scale carries the rest (encode sense).
+    word = int(stream.child("global").fields(1, 1, 16))
+    middle, odd = SCALE_LEVELS[(word >> 8) % len(SCALE_LEVELS)], 1 + (word & (SCALE_STEPS - 1)) / SCALE_STEPS
     return _store(fmt, jitter * middle), torch.tensor(middle / base * odd / 1.5, dtype=torch.float32, device=draw.device)
 
 

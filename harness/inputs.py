@@ -21,6 +21,7 @@ from reference.routing import RULES, Routing
 GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, silu(g) * u ~ g * u / 2 hides a gate/up swap
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
 MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u| > z) ~ exp(-z / 3), and 3 ln(1e9) = 62
+BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
 
@@ -134,7 +135,9 @@ def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
     bias = None
     if RULES[case.routing].biased:
         draw = stream.child("bias").fields(1, shape.experts, 16)[0]
-        bias = ((draw & 0xFF).float() - 128) / 1024
+        bias = (draw - (1 << 15)).float() / (1 << 18)
+        if case.fill == "real":
+            bias -= BIAS_SHIFT
         if case.skew == "hot" and case.fill == "real":
             bias[case.seed % shape.experts] = HOT_BIAS
     return Inputs(case, device, x, logits, bias, x_scale)

@@ -123,7 +123,8 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
         return Verdict(case.id, backend.name, Status.UNTRUSTED, Stage.ORACLE, reason)
     progress.at(Stage.PREPARE)
     given = copied(inputs)
-    launch = guarded(lambda: backend.prepare(case, given))
+    with poisoned(NAN, device):
+        launch = guarded(lambda: backend.prepare(case, given))
     if not isinstance(launch, Launch):
         text = f"prepare() must return a Launch, got {type(launch).__name__}"
         return Verdict(case.id, backend.name, Status.CONTRACT, Stage.PREPARE, text, (Finding("prepare", text),))

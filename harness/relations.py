@@ -18,8 +18,9 @@ from harness.backends.base import Launch
 from harness.hashing import Stream
 from harness.inputs import Inputs
 from harness.memory import HUGE, NAN, RED_ZONE, held
-from harness.subject import Subject, SubjectError, same
+from harness.subject import Subject, SubjectError, malformed, same
 from harness.verdict import Finding, Status
+from reference.formats import get
 
 STEP: dict[str, Callable[[Inputs], Tensor | None]] = {
     "x": lambda i: i.x,
@@ -30,6 +31,7 @@ STEP: dict[str, Callable[[Inputs], Tensor | None]] = {
 }
 STRIDE_PAD = 64  # elements between two rows of a strided tensor: 128 bytes of bf16, what TMA asks of a stride
 REFUSALS = ("contiguous", "stride", "align")  # what a clear refusal of a strided input speaks of
+TINY = 2.0**-20  # a token that a scale kept in fp16 or a per-tensor scale rounds away, and one of its own keeps
 WIDEST = 1 << 22  # elements of x times experts up to which a relation re-runs the oracle
 
 
@@ -80,7 +82,7 @@ def _next_step(subject: Subject) -> Finding | None:
     output = subject.run(subject.launch.call)
     step(subject.launch, subject.inputs)
     if finding := subject.judge("next_step", "the next call, on other tokens and routing,", other, output):
-        return finding
+        return _plain(subject, other) or finding
     return _aliased(subject) or _again(subject, "next_step", "after a call on other tokens")
 
 
@@ -88,9 +90,24 @@ def _other_weights(subject: Subject) -> Finding | None:
     """Another layer of the same shapes, prepared and run in between: caches must not confuse the two."""
     other = variants.other_weights(subject.inputs)
     output = subject.run(subject.prepare(other).call)
-    if finding := subject.judge("other_weights", "another layer of the same shapes", other, output):
+    if finding := subject.judge("other_weights", f"case {other.case.id}, run after this one,", other, output):
         return finding
     return _again(subject, "other_weights", "after another layer of the same shapes ran")
+
+
+def _weights_in_place(subject: Subject) -> Finding | None:
+    """Another layer's weights copied into this launch's buffers, as a reload does: the call must see them."""
+    other = variants.other_weights(subject.inputs)
+    source, target = subject.prepare(other).buffers, subject.launch.buffers
+    if source.keys() != target.keys() or any(source[n].shape != t.shape for n, t in target.items()):
+        return None
+    kept = {name: tensor.clone() for name, tensor in target.items()}
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+    output = subject.run(subject.launch.call)
+    for name, tensor in target.items():
+        tensor.copy_(kept[name])
+    return subject.judge("weights_in_place", "the call after other weights were copied into its buffers", other, output)
 
 
 def _again(subject: Subject, check: str, when: str) -> Finding | None:
@@ -183,8 +200,14 @@ def _graph(subject: Subject) -> Finding | None:
         finding = subject.judge("graph", f"the replay of a captured call on the {what}", inputs, output)
         if finding:
             step(subject.launch, subject.inputs)
-            return finding
+            return _plain(subject, inputs) or finding
     return None
+
+
+def _plain(subject: Subject, inputs: Inputs) -> Finding | None:
+    """A freshly prepared call on the same data: if that is wrong too, no state is to blame."""
+    output = subject.run(subject.prepare(inputs).call)
+    return subject.judge("other_tokens", "a freshly prepared call on other tokens", inputs, output)
 
 
 def _cuda_graph(launch: Launch) -> Callable[[], Tensor]:
@@ -227,6 +250,18 @@ def _split(subject: Subject) -> Finding | None:
     return None
 
 
+def _garbage(subject: Subject) -> Finding | None:
+    """NaN in the padding rows of a batch stays there."""
+    inputs = variants.garbage_rows(subject.inputs)
+    output = subject.run(subject.prepare(inputs).call)
+    what = "a row beside padding rows of NaN"
+    if finding := malformed(subject.case, output, subject.device):
+        return Finding("garbage_rows", f"{what}: {finding.text}")
+    assert isinstance(output, Tensor)
+    rows = torch.arange(0, subject.case.shape.tokens, 2, device=subject.inputs.x.device)
+    return subject.judge("garbage_rows", what, variants.take(subject.inputs, rows), output[rows.to(output.device)])
+
+
 def _shards(subject: Subject) -> Finding | None:
     """Each of two expert-parallel ranks gives its experts' part, so that they sum to the whole."""
     for inputs in variants.shards(subject.inputs):
@@ -234,6 +269,12 @@ def _shards(subject: Subject) -> Finding | None:
         if finding := subject.judge("expert_parallel", what, inputs, subject.run(subject.prepare(inputs).call)):
             return finding
     return None
+
+
+def _rows_scale(subject: Subject) -> str | None:
+    scaling = get(subject.case.recipe.acts).scaling
+    static = scaling is not None and scaling.static
+    return _small(subject) or ("x is quantised with a static scale" if static else None)
 
 
 def _several(subject: Subject) -> str | None:
@@ -265,15 +306,20 @@ def _listed(name: str, what: str, make: Callable[[Inputs], Inputs], needs: Calla
 CHECKS: tuple[Check, ...] = (
     Check("next_step", Status.UNSTABLE, _next_step, _stepped),
     Check("other_weights", Status.UNSTABLE, _other_weights, _small),
+    Check("weights_in_place", Status.UNSTABLE, _weights_in_place, _small),
     Check("out_buffer", Status.WRONG, partial(_out_buffer, strided=False), _has_out),
     Check("out_strided", Status.WRONG, partial(_out_buffer, strided=True), _has_out),
     Check("strided_inputs", Status.WRONG, _strided_inputs, _small),
     Check("graph", Status.UNSTABLE, _graph, _capturable),
     Check("tactic", Status.WRONG, _tactics, lambda s: None if s.launch.tactics else "one tactic"),
     Check("split_batch", Status.WRONG, _split, _several),
+    Check("garbage_rows", Status.WRONG, _garbage, _several),
     Check("expert_parallel", Status.WRONG, _shards, _parallel),
     _listed("token_permutation", "the call on the tokens in another order", variants.permuted, _several),
     _listed("expert_relabelling", "the call with the experts under other numbers", variants.relabelled, _relabels),
     _listed("zero_weight", "the call with a routing weight of zero in every second row", variants.zero_weight, _handed),
+    _listed("halved_weights", "the call with routing weights halved in every second row", variants.halved_weights, _handed),
+    _listed("zero_rows", "the call with every second token 0", partial(variants.scaled_rows, factor=0.0), _small),
+    _listed("tiny_rows", "the call with every second token tiny", partial(variants.scaled_rows, factor=TINY), _rows_scale),
     _listed("duplicate_expert", "the call with an expert named twice in a row", variants.duplicate_expert, _two_slots),
 )

@@ -13,7 +13,9 @@ from harness.backends.base import Backend, Device, Launch
 from harness.case import Case
 from harness.compare import compare
 from harness.inputs import Inputs
+from harness.memory import NAN, poisoned
 from harness.oracle import Expected, expect
+from harness.variants import copied
 from harness.verdict import Finding
 from reference.formats import get
 
@@ -52,12 +54,14 @@ class Subject:
     result: Tensor
 
     def prepare(self, inputs: Inputs) -> Launch:
-        """A launch of the same backend on other inputs."""
-        return guarded(lambda: self.backend.prepare(inputs.case, inputs))
+        """A launch of the same backend on a copy of other inputs, memory poisoned as for the first."""
+        with poisoned(NAN, self.device):
+            return guarded(lambda: self.backend.prepare(inputs.case, copied(inputs)))
 
-    def run(self, call: Callable[[], object]) -> object:
-        """Call, and wait for the device, so that its error is this call's."""
-        return guarded(lambda: synchronised(call, self.device))
+    def run(self, call: Callable[[], object], poison: int = NAN) -> object:
+        """Call, with poison in whatever nobody wrote, and wait for the device, so that its error is this call's."""
+        with poisoned(poison, self.device):
+            return guarded(lambda: synchronised(call, self.device))
 
     def expect(self, inputs: Inputs) -> Expected:
         """What these inputs should give, under the same declared rounding."""

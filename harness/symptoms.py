@@ -38,20 +38,17 @@ def non_finite(e: Evidence) -> Claim | None:
     text = f"{nan} NaN and {int(wrong.sum()) - nan} inf, {where(wrong)}"
     evidence = {"nan": nan, "inf": int(wrong.sum()) - nan, "experts": list(e.common_experts)}
     poison = e.finding("poison")
-    if poison is not None and nan and poison.evidence.get("buffer") != "output":
+    if poison is not None and nan:
         return Claim("nan_from_padding", f"{text}; the output depends on what uninitialised memory held", 1.0, 0.0, evidence)
     return Claim("non_finite", text, 1.0, 0.0, evidence)
 
 
 def never_written(e: Evidence) -> Claim | None:
-    """The bad elements hold the very value that a check put into the output beforehand."""
-    poison = e.finding("poison", "out_buffer")
-    for value in poison.evidence.get("poison", ()) if poison is not None else ():
-        held = e.actual[e.bad]
-        if bool((held.isnan() if math.isnan(value) else held == value).all()) and poison.evidence.get("buffer") == "output":  # type: ignore[union-attr]
-            text = f"the elements hold {value:g}, what memory held before the call: never written, {where(e.bad)}"
-            return Claim("never_written", text, 1.0, 0.0, {"held": str(value)})
-    return None
+    """Every bad element is a NaN that a second call, with another poison in unwritten memory, replaced by that poison."""
+    if e.finding("never_written") is None or not bool(e.actual[e.bad].isnan().all()):
+        return None
+    text = f"the elements hold what memory held before the call: never written, or copied from there, {where(e.bad)}"
+    return Claim("never_written", text, 1.0, 0.0, {"elements": int(e.bad.sum())})
 
 
 def _zeros(e: Evidence) -> Claim | None:

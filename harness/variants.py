@@ -42,6 +42,16 @@ def replaced(inputs: Inputs, **tensors: Tensor) -> Inputs:
     return replace(inputs, **tensors)  # type: ignore[arg-type]
 
 
+def garbage_rows(inputs: Inputs) -> Inputs:
+    """Every second token is padding of a batch: its activations and logits are NaN. What its own row becomes is nobody's
+    promise; the other rows must not notice."""
+    x, logits = inputs.x.clone(), inputs.logits.clone()
+    x[1::2], logits[1::2] = torch.nan, torch.nan
+    garbage = replace(inputs, x=x, logits=logits)
+    garbage.__dict__["routing"] = inputs.routing  # what a kernel is handed stays valid
+    return garbage
+
+
 def other_tokens(inputs: Inputs) -> Inputs:
     """Other activations and other logits for the same layer."""
     return make_inputs(inputs.case, inputs.device, variant="/other")
@@ -120,12 +130,29 @@ def duplicate_expert(inputs: Inputs) -> Inputs:
     return _handed(inputs, replace(inputs.routing, ids=ids, weights=weights), inputs.topk_weights)
 
 
+def halved_weights(inputs: Inputs) -> Inputs:
+    """Every second token's routing weights are half of what they were."""
+    weights = inputs.routing.weights.clone()
+    weights[::2] /= 2
+    return _handed(inputs, replace(inputs.routing, weights=weights))
+
+
+def scaled_rows(inputs: Inputs, factor: float) -> Inputs:
+    """Every second token times `factor`, 0 or a power of two."""
+    x = inputs.x.clone()
+    x[::2] *= factor
+    scaled = replace(inputs, x=x)
+    scaled.__dict__["routing"] = inputs.routing
+    return scaled
+
+
 def shards(inputs: Inputs) -> tuple[Inputs, ...]:
-    """Two uneven ranks. A rank sees every id and weight; the judge counts another rank's experts with weight 0."""
+    """Very uneven ranks: one expert, the rest, and an expert that received nothing, if there is one. A rank sees every id and
+    weight; the judge counts another rank's experts with weight 0."""
     experts = inputs.case.shape.experts
-    cut = max(1, experts // 3)
+    idle = sorted(set(range(experts)) - set(inputs.routing.ids.flatten().tolist()))
     found = []
-    for local in (range(cut), range(cut, experts)):
+    for local in (range(1), range(1, experts), *(range(e, e + 1) for e in idle[-1:])):
         mine = (inputs.routing.ids >= local.start) & (inputs.routing.ids < local.stop)
         routing = replace(inputs.routing, weights=torch.where(mine, inputs.routing.weights, 0.0))
         found.append(_handed(inputs, routing, inputs.topk_weights, local))

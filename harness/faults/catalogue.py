@@ -8,6 +8,7 @@ import pkgutil
 from harness.errors import PluginError
 from harness.faults import bugs
 from harness.faults.fault import Fault
+from harness.faults.patched import CLEAN
 from harness.twins import TWINS
 
 
@@ -24,4 +25,5 @@ def _collect() -> tuple[Fault, ...]:
 
 
 FAULTS = _collect()
-BACKENDS = tuple(twin.backend() for twin in TWINS)  # the clean subjects
+# The clean subjects that are nowhere else: the twins, and what a fault's file builds on them.
+BACKENDS = tuple({b.name: b for b in (*(t.backend() for t in TWINS), *(f.clean for f in FAULTS)) if b != CLEAN}.values())

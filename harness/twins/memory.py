@@ -40,7 +40,8 @@ def _resolve(buffer: Tensor, offsets: Tensor, mask: Tensor | None) -> tuple[Tens
         if not bool(mask.any()):
             return (memory if memory.numel() else torch.zeros(1, dtype=buffer.dtype)), torch.zeros_like(at)
     if at.numel() and not (int(at.min()) >= 0 and int(at.max()) < memory.numel()):
-        raise IllegalAddress(f"an illegal memory access was encountered: element {int(at.max())} of {memory.numel()}")
+        worst = int(at.min()) if int(at.min()) < 0 else int(at.max())
+        raise IllegalAddress(f"an illegal memory access was encountered: element {worst} of {memory.numel()}")
     return memory, at
 
 

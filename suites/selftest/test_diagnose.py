@@ -357,11 +357,12 @@ def test_names_that_predict_the_same_are_listed() -> None:
 
 def test_findings_name_what_the_values_cannot() -> None:
     b = bench("bf16", "real")
-    poisoned = Finding("poison", "depends on it", {"buffer": "workspace", "poison": [float("nan")]})
+    poisoned = Finding("poison", "depends on it")
     assert b.diagnosis(DEFECTS["nan"][0](b), (poisoned,)).kind == "nan_from_padding"
     assert b.diagnosis(DEFECTS["nan"][0](b)).kind == "non_finite"
-    held = Finding("poison", "holds it", {"buffer": "output", "poison": [24576.0]})
-    assert b.diagnosis(patched(b, slice(0, 9), ALL, lambda y: y[:9] * 0 + 24576), (held,)).kind == "never_written"
+    held = Finding("never_written", "holds it")
+    assert b.diagnosis(patched(b, slice(0, 9), ALL, lambda y: y[:9] * torch.nan), (held,)).kind == "never_written"
+    assert b.diagnosis(patched(b, slice(0, 9), ALL, lambda y: y[:9] * 0), (held,)).kind == "zeros"
     assert b.diagnosis(scattered(b), (Finding("repeat", "9 elements differ"),)).kind == "unstable"
     assert b.diagnosis(torch.zeros_like(b.right), (Finding("repeat", "9 elements differ"),)).kind == "zeros"
 

@@ -117,6 +117,16 @@ class ForgetsRank(AlignedMoe):
         return ids % len(self.local)
 
 
+class SharedMaximum(AlignedMoe):
+    """Scales the batch by its largest element and back: one bad row is everybody's."""
+
+    def combine(self, rows: Tensor, out: Tensor) -> None:
+        """Through the maximum of the batch."""
+        super().combine(rows, out)
+        top = out.abs().max()
+        out.copy_((out.float() / top) * top)
+
+
 class FrozenReplay(AlignedMoe):
     """A replay that does not read the ids again."""
 
@@ -147,6 +157,15 @@ class CachesByShape(AlignedMoe):
         return CACHE.setdefault(key, super().pack(inputs))  # type: ignore[return-value]
 
 
+class CopiesAtPreparation(AlignedMoe):
+    """Keeps a private copy of the factors; the buffer it shows is not read."""
+
+    def launch(self) -> Launch:
+        """The buffer is a decoy."""
+        launch = super().launch()
+        return Launch(self, {**launch.buffers, "w2_factors": self.w2.factors.clone(), "w2": self.w2.codes.clone()})
+
+
 class NarrowTacticIsWrong(GroupedMoe):
     """One of its tactics forgets the routing weights."""
 
@@ -168,6 +187,8 @@ class NarrowTacticIsWrong(GroupedMoe):
         (ForgetsRank, Status.WRONG, "expert_parallel"),
         (FrozenReplay, Status.UNSTABLE, "graph"),
         (CachesByShape, Status.UNSTABLE, "other_weights"),
+        (CopiesAtPreparation, Status.UNSTABLE, "weights_in_place"),
+        (SharedMaximum, Status.WRONG, "garbage_rows"),
         (NarrowTacticIsWrong, Status.WRONG, "tactic"),
     ],
 )
@@ -178,7 +199,9 @@ def test_each_defect_is_found_by_the_check_it_is_for(twin: type[Twin], status: S
 def test_every_check_has_a_planted_defect_or_is_a_relation_between_inputs() -> None:
     """The others are judged like cases of their own: a wrong answer is found by the oracle whatever the relation."""
     planted = {"next_step", "other_weights", "out_buffer", "out_strided", "expert_parallel", "graph", "tactic"}
+    planted |= {"weights_in_place"}
     between = {"token_permutation", "split_batch", "expert_relabelling", "zero_weight", "duplicate_expert", "strided_inputs"}
+    between |= {"garbage_rows", "halved_weights", "zero_rows", "tiny_rows"}
     assert {check.name for check in CHECKS} == planted | between
 
 

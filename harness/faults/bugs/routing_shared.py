@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.faults.fault import planted
 from harness.faults.bugs.routing_select import OwnRouter
+from harness.faults.fault import planted
 from harness.twins.aligned import NOWHERE, AlignedMoe
 from harness.twins.router import Router
 

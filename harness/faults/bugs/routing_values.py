@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.faults.fault import planted
 from harness.faults.bugs.routing_select import OwnRouter
+from harness.faults.fault import planted
 from harness.twins.grouped import GroupedMoe
 from harness.twins.memory import load, store
 from harness.twins.router import ROUTERS, Router
