@@ -47,7 +47,7 @@ class SumsUnwrittenSlots(AlignedMoe):
 
 
 class EmptyRankReturnsItsInput(GroupedMoe):
-    """Unpermute returns its input if that is empty: a rank without a row gives [0, hidden] where zeros of [tokens, hidden] are due."""
+    """Unpermute returns its input if that is empty: a rank without rows gives [0, hidden], not [tokens, hidden] of 0."""
 
     def __call__(self) -> Tensor:
         """The early return."""
@@ -66,7 +66,8 @@ class SumsInOutputType(AlignedMoe):
     def combine(self, rows: Tensor, out: Tensor) -> None:
         """Left to right."""
         if self.shape.top_k not in LOSSY:
-            return super().combine(rows, out)
+            super().combine(rows, out)
+            return
         slots = rows.view(self.shape.tokens, self.shape.top_k, self.shape.hidden)
         total = slots[:, 0].clone()
         for k in range(1, self.shape.top_k):

@@ -38,7 +38,7 @@ class WeightedEarly(AlignedMoe):
 
 
 class WeightedTwice(WeightedEarly):
-    """apply_router_weight_on_input is not asked by the FP8 and FP4 experts: top-1 weights are applied before and after GEMM 2."""
+    """FP8 and FP4 experts do not ask apply_router_weight_on_input: top-1 weights count before and after GEMM 2."""
 
     def weighted_before(self) -> bool:
         """Only the unquantised path asks."""
@@ -92,7 +92,7 @@ class DeferredFinalize(AlignedMoe):
 
 
 class HostWeightsNotReturned(DeferredFinalize):
-    """do_finalize=False returns the buffer that in-kernel routing would fill: with weights from the host nobody writes it."""
+    """do_finalize=False returns the buffer that in-kernel routing fills: with weights from the host nobody writes it."""
 
     def weights_of_slots(self) -> Tensor:
         """Allocated for the router."""
@@ -118,7 +118,7 @@ class DirectTopOne(AlignedMoe):
 
 
 class ReducesUnwrittenRows(DirectTopOne):
-    """With top_k 1 GEMM 2 writes to the output; a routed scaling factor other than 1 then reduces rows nobody wrote into it."""
+    """With top_k 1 GEMM 2 writes the output; a routed scaling factor not 1 then reduces rows nobody wrote into it."""
 
     def combine(self, rows: Tensor, out: Tensor) -> None:
         """The second condition does not know of the first."""

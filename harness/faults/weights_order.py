@@ -1,4 +1,4 @@
-"""Faults of weight preparation: the order of w13's rows, the stride of an expert, and the note that says how rows were shuffled."""
+"""Faults of weight preparation: the order of w13's rows, an expert's stride, the note that weights are shuffled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UpFirst(AlignedMoe):
 
 
 class LoaderNotToldUpFirst(UpFirst):
-    """The NVFP4 scheme's load_up_proj_weight_first is not forwarded: [gate; up] is loaded where the kernel reads [up; gate]."""
+    """The NVFP4 scheme's load_up_proj_weight_first is not forwarded: [gate; up] is loaded, the kernel reads [up; gate]."""
 
     def halves(self, gate: Quantized, up: Quantized | None) -> tuple[Quantized, ...]:
         """The loader's default, for the scheme that wants the other order."""
@@ -118,7 +118,7 @@ class Shuffled(Stack):
 def shuffle(codes: Tensor) -> Tensor:
     """[experts, rows, columns] in tiles, with the note on the result."""
     split = codes.unflatten(2, (-1, SHUFFLE_COLUMNS // VECTOR, VECTOR)).unflatten(1, (-1, SHUFFLE_ROWS))
-    tiles = split.permute(0, 1, 3, 4, 2, 5).reshape(codes.shape)
+    tiles: Tensor = split.permute(0, 1, 3, 4, 2, 5).reshape(codes.shape)
     tiles.is_shuffled = True  # type: ignore[attr-defined]
     return tiles
 
@@ -144,7 +144,7 @@ class Preshuffled(AlignedMoe):
 
 
 class NoteLostInParameter(Preshuffled):
-    """That weights are preshuffled is a tensor attribute; wrapping them in a Parameter loses it and dispatch reads them linear."""
+    """Preshuffled weights say so by a tensor attribute, which a Parameter around them loses: dispatch reads them linear."""
 
     def registered(self, codes: Tensor) -> Tensor:
         """A Parameter is another object over the same storage."""

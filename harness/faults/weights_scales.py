@@ -56,7 +56,7 @@ class GlobalScalesByRow(GroupedMoe):
 
 
 class GlobalScaleOfFirstExpert(GlobalScalesByRow):
-    """A global scale of shape [experts] is taken for one of shape [1]: every expert is decoded with the scale of expert 0."""
+    """A global scale of shape [experts] is taken for one of shape [1]: every expert is decoded with that of expert 0."""
 
     READ = ScaleOfFirst
 
@@ -94,7 +94,7 @@ class CutAtShards(Stack):
 
 
 class ShardCutsScaleBlock(AlignedMoe):
-    """Inter is sharded without padding to MXFP4's block of 32: a shard's columns use the scales of blocks cut before them."""
+    """Inter is sharded without padding to MXFP4's block of 32: a shard that starts inside a block counts blocks wrongly."""
 
     def pack(self, inputs: Inputs) -> tuple[Stack, Stack]:
         """The reduction axis of w2 is the sharded one."""
@@ -133,7 +133,7 @@ class SwizzledPerCall(GroupedMoe):
 
 
 class ScalePaddingUnwritten(SwizzledPerCall):
-    """The padding of a swizzled scale buffer is never written, and the last K tile multiplies its codes of zero by it: NaN."""
+    """The padding of a swizzled scale buffer is never written, and the last K tile multiplies codes of zero by it: NaN."""
 
     def swizzle(self, scales: Tensor) -> Tensor:
         """Only what is logical is written."""
@@ -180,7 +180,7 @@ class SaturatedExport(AlignedMoe):
 
 
 class ZeroBlockScaleNan(SaturatedExport):
-    """A zero NVFP4 block is exported as if its amax were 1: 448 / (global amax / 6) exceeds 448 and the E4M3 cast gives NaN."""
+    """A zero NVFP4 block is exported as if its amax were 1: 448 / (global amax / 6) is beyond E4M3 and becomes NaN."""
 
     def cast(self, scale: Tensor) -> Tensor:
         """E4M3 has no infinity: what rounds beyond 448 is NaN, 0x7F, as CUDA's cast without saturation has it."""
@@ -190,8 +190,8 @@ class ZeroBlockScaleNan(SaturatedExport):
 
 FLASHINFER = "https://github.com/flashinfer-ai/flashinfer"
 FAULTS = (
-    planted("B004", GlobalScalesByRow, f"{VLLM}/pull/41711", ("constant_factor", "scale_roll")),
-    planted("B004", GlobalScaleOfFirstExpert, f"{VLLM}/pull/41711", ("constant_factor",)),
+    planted("B004", GlobalScalesByRow, f"{VLLM}/pull/41711", ("scale_roll",)),
+    planted("B004", GlobalScaleOfFirstExpert, f"{VLLM}/pull/41711", ("scale_roll", "constant_factor")),
     planted("B024", SwizzleUnpadded, f"{VLLM}/pull/23140", ("exception",)),
     planted("B048", SwizzledAtLoadOnly, f"{VLLM}/pull/54773", ("zeros", "missing_expert")),
     planted("B083", ShardCutsScaleBlock, f"{SGLANG}/pull/9473", ("scale_roll",)),
