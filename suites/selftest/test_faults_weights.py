@@ -6,12 +6,12 @@ import pytest
 
 from harness.backends.base import CPU
 from harness.case import Case
-from harness.faults.finalize_sum import MarkedSlots
-from harness.faults.finalize_weight import DeferredFinalize, DirectTopOne, WeightedEarly
-from harness.faults.quantize_rows import ScaledRows
-from harness.faults.weights_cache import CachedOrder, LowRankBranch
-from harness.faults.weights_order import Preshuffled, UpFirst
-from harness.faults.weights_scales import SaturatedExport, SwizzledPerCall
+from harness.faults.bugs.finalize_sum import MarkedSlots
+from harness.faults.bugs.finalize_weight import DeferredFinalize, DirectTopOne, WeightedEarly
+from harness.faults.bugs.quantize_rows import ScaledRows
+from harness.faults.bugs.weights_cache import CachedOrder, LowRankBranch
+from harness.faults.bugs.weights_order import Preshuffled, UpFirst
+from harness.faults.bugs.weights_scales import SaturatedExport, SwizzledPerCall
 from harness.pipeline import run
 from harness.twins.base import Twin
 from harness.verdict import Status

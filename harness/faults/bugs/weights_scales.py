@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.faults.fault import planted
-from harness.faults.weights_order import reread
+from harness.faults.bugs.weights_order import reread
 from harness.inputs import Inputs
 from harness.twins.aligned import AlignedMoe
 from harness.twins.base import Gemm
