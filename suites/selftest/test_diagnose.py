@@ -357,8 +357,7 @@ def test_names_that_predict_the_same_are_listed() -> None:
 
 def test_findings_name_what_the_values_cannot() -> None:
     b = bench("bf16", "real")
-    poisoned = Finding("poison", "depends on it")
-    assert b.diagnosis(DEFECTS["nan"][0](b), (poisoned,)).kind == "nan_from_padding"
+    assert b.diagnosis(DEFECTS["nan"][0](b), (Finding("poison", "depends on it"),)).kind == "nan_from_padding"
     assert b.diagnosis(DEFECTS["nan"][0](b)).kind == "non_finite"
     held = Finding("never_written", "holds it")
     assert b.diagnosis(patched(b, slice(0, 9), ALL, lambda y: y[:9] * torch.nan), (held,)).kind == "never_written"

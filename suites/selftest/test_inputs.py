@@ -24,11 +24,11 @@ PINNED: dict[str, tuple[str, str, str]] = {
     "moe.nvfp4.t5.h64.i32.e8.k2.renormalize.swiglu.standard.real.s0": (
         "af12c30a49a2",
         "99796401e09b",
-        "b5d60f4bab84",
+        "8854c6c82819",
     ),
     "moe.bf16.t3.h40.i24.e16.k2.deepseek_v3.geglu.standard.exact.s7": (
         "008aa2b87ccd",
-        "97727c8718d5",
+        "b629d2cc059c",
         "03dd24c23776",
     ),
     "moe.mxfp4-fp16.t4.h96.i64.e4.k1.default.relu.standard.real.hot.s1": (

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.faults.fault import planted
 from harness.faults.bugs.weights_order import reread
+from harness.faults.fault import planted
 from harness.inputs import Inputs
 from harness.twins.aligned import AlignedMoe
 from harness.twins.base import Gemm
