@@ -23,14 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.backends import discover
-from harness.backends.base import CPU, Backend, checked_probe
+from harness.backends.base import CPU, Backend, Device, checked_probe
 from harness.case import FILLS, SKEWS, Case, Recipe, Shape
 from harness.checks import untrusted
 from harness.compare import MEAN_Z2_SLACK, compare
+from harness.device import detect
 from harness.emulate import emulate
 from harness.inputs import make_inputs
 from harness.oracle import expect
-from harness.pipeline import run
+from harness.pipeline import Options, run
 from harness.ratio import FALSE_ALARM, assumed_rounding
 from harness.verdict import Comparison, Status
 from reference.activation import ACTIVATIONS
@@ -40,7 +41,9 @@ from reference.rounding import Rounding
 from reference.routing import RULES
 
 MOST_TOKENS = 4096
-WORK = 1.5e6  # multiply-adds of one GEMM: 15 ms on a core of 2020, all that is done with a case included
+# Multiply-adds of one GEMM: 15 ms on a core of 2020, all that is done with a case included; on an H200 as much at 0.2 s.
+WORK = {"cpu": 1.5e6, "cuda": 5e8}
+CHECKS = 1  # relations asked of a backend's case
 EXPERT, DECODED = 1e5, 4  # what an expert in use, and one of its weights, cost besides, in multiply-adds
 SIZES = (8, 16, 24, 32, 64, 72, 96, 128, 160, 192, 256, 384, 512)
 EXPERTS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256)
@@ -117,19 +120,24 @@ def _independent(limit: float) -> float:
     return -math.log(FALSE_ALARM) / chance**2
 
 
-def subjects(backends: bool = True) -> Iterator[Subject]:
-    """Everything that can be right on this machine."""
+def subjects(backends: bool = True, device: Device = CPU) -> Iterator[Subject]:
+    """Everything that can be right on this device: on a GPU the backends, on the CPU emulated kernels too."""
+    if device.kind == "cpu":
+        yield from _emulations()
+    for backend in discover().values() if backends else ():
+        if device.arch in (backend.archs or (device.arch,)) and checked_probe(backend, device).ok:
+            for out, group in groupby(sorted(backend.recipes, key=_out), _out):
+                judge, routings = partial(_run, backend, device), backend.routings or tuple(RULES)
+                yield Subject(f"{backend.name}_{out}", tuple(group), judge, out != "fp32", backend.activations, routings)
+
+
+def _emulations() -> Iterator[Subject]:
     for recipe in RECIPES.values():
         yield from _emulated(recipe.name, recipe.rounding, _recipes(recipe.rounding))
     for name, fmt in all_formats().items():
         if fmt.scaling is None:
             texts = tuple(str(Recipe.parse(f"{weights}-{name}")) for weights in all_formats())
             yield from _emulated(f"plain_{name}", assumed_rounding(Recipe.parse(name)), texts)
-    for backend in discover().values() if backends else ():
-        if checked_probe(backend, CPU).ok:
-            for out, group in groupby(sorted(backend.recipes, key=_out), _out):
-                judge, routings = partial(_run, backend), backend.routings or tuple(RULES)
-                yield Subject(f"{backend.name}_{out}", tuple(group), judge, out != "fp32", backend.activations, routings)
 
 
 def _out(recipe: str) -> str:
@@ -154,15 +162,15 @@ def _emulate(rounding: Rounding, declared: Rounding | None, case: Case, seed: in
     return None if untrusted(case, expected) else compare(expected, emulate(inputs, rounding, seed))
 
 
-def _run(backend: Backend, case: Case, seed: int) -> Judged:
-    verdict = run(case, backend, CPU)
+def _run(backend: Backend, device: Device, case: Case, seed: int) -> Judged:
+    verdict = run(case, backend, device, options=Options(CHECKS))
     if verdict.status.skipped or verdict.status is Status.UNTRUSTED:
         return None
-    return verdict.comparison or f"{verdict.status}: {verdict.reason}"
+    return verdict.comparison if verdict.status is Status.PASSED else f"{verdict.status}: {verdict.reason}"
 
 
-def draw(rng: random.Random, subject: Subject) -> Case:
-    """A valid case that the subject's recipes, activations and routings allow, tokens log-uniform, within WORK."""
+def draw(rng: random.Random, subject: Subject, work: float = WORK["cpu"]) -> Case:
+    """A valid case that the subject's recipes, activations and routings allow, tokens log-uniform, within `work`."""
     while True:
         tokens, experts, top_k = int((MOST_TOKENS + 1) ** rng.random()), rng.choice(EXPERTS), rng.choice(TOP_K)
         shape = Shape(tokens, rng.choice(SIZES), rng.choice(SIZES), experts, top_k)
@@ -172,7 +180,7 @@ def draw(rng: random.Random, subject: Subject) -> Case:
         case = Case("moe", shape, *names, recipe, fill, rng.choice(SKEWS), seed=rng.randrange(1 << 30))
         active = min(experts, tokens * top_k)
         cost = shape.hidden * shape.inter * (tokens * top_k + active * DECODED) + active * EXPERT
-        if cost <= WORK and case.problem() is None:
+        if cost <= work and case.problem() is None:
             return case
 
 
@@ -183,9 +191,9 @@ def possible(subject: Subject) -> bool:
     return any(case.problem() is None for case in cases)
 
 
-def calibrate(verdicts: int, seed: int, backends: bool = True) -> dict[str, Tally]:
+def calibrate(verdicts: int, seed: int, backends: bool = True, device: Device = CPU) -> dict[str, Tally]:
     """Judge right kernels `verdicts` times, the subjects in turn, and say what happens meanwhile."""
-    rng, everybody = random.Random(seed), list(subjects(backends))
+    rng, everybody = random.Random(seed), list(subjects(backends, device))
     able = [s for s in everybody if possible(s)]
     if skipped := sorted({s.name.rstrip("?") for s in everybody if s not in able}):
         console.print(f"no case takes these yet: {', '.join(skipped)}")
@@ -194,7 +202,7 @@ def calibrate(verdicts: int, seed: int, backends: bool = True) -> dict[str, Tall
     done = 0
     for number in range(verdicts):
         subject = able[number % len(able)]
-        case = draw(rng, subject)
+        case = draw(rng, subject, WORK[device.kind])
         alarm = tallies[subject.name].add(case, number, subject.judge(case, number))
         done += 1
         if alarm is not None:
@@ -225,12 +233,12 @@ def table(tallies: dict[str, Tally]) -> Table:
 def main(
     verdicts: Annotated[int, typer.Option(help="How many right kernels to judge.")] = 2000,
     seed: Annotated[int, typer.Option(help="Decides every case and every order of summation.")] = 0,
-    backends: Annotated[bool, typer.Option(help="Also judge the backends that run on this CPU.")] = True,
+    backends: Annotated[bool, typer.Option(help="Also judge the backends that run on this device.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Exit 1 if a right kernel raised an alarm, or a subject's mean of z**2 is off."""
     torch.set_num_threads(1)
-    tallies = calibrate(verdicts, seed, backends)
+    tallies = calibrate(verdicts, seed, backends, detect())
     console.print(table(tallies))
     off = [name for name, tally in tallies.items() if tally.off]
     console.print(f"{sum(t.verdicts for t in tallies.values())} verdicts, {_alarms(tallies)} alarms; mean z^2 off: {off}")
