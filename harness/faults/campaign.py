@@ -19,6 +19,7 @@ from harness.case import Case
 from harness.errors import PluginError, SelectionError
 from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
+from harness.faults.layer import MANY_WEIGHTS
 from harness.faults.score import Score, score
 from harness.select import Item
 from harness.verdict import Verdict
@@ -70,8 +71,9 @@ class Campaign:
         return tuple(f for f in found if not f.backend.archs or self.device.arch in f.backend.archs)
 
     def items(self, clean: Backend) -> tuple[Item, ...]:
-        """The clean subject's plan, shuffled."""
-        items = list(plan.make(plan.Request(self.platform, self.tier), {clean.name: clean}, self.device).items)
+        """The clean subject's plan without the served shapes, which cost seconds each and add no combination; shuffled."""
+        request = plan.Request(self.platform, self.tier)
+        items = [i for i in plan.make(request, {clean.name: clean}, self.device).items if _weights(i) <= MANY_WEIGHTS]
         random.Random(SHUFFLE).shuffle(items)
         return tuple(items)
 
@@ -118,6 +120,11 @@ class Campaign:
                 for worker in workers:
                     free.put(worker)
                 yield from pool.map(task, work)
+
+
+def _weights(item: Item) -> int:
+    shape = Case.parse(item.case_id).shape
+    return shape.experts * shape.inter * shape.hidden
 
 
 @contextmanager

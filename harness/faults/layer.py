@@ -27,6 +27,7 @@ from reference.routing import RULES, Routing
 
 Matrices = tuple[Quantized, Quantized | None, Quantized]
 KEPT_BYTES = 2**31  # decoded weights up to this size are kept: some twenty layers are computed from the same ones
+MANY_WEIGHTS = 1 << 25  # of one projection: a second on one core
 POINTS = ("routing_weight", "gate_up", "activated", "middle", "row", "weighted", "partial", "out")
 
 
@@ -129,7 +130,11 @@ def _unnormalised(case: Case, inputs: Inputs) -> Tensor | None:
 
 
 def rules_in_use(subject: Subject) -> dict[str, bool]:
-    """What every rule in use says of the subject's output; a plain eager implementation is the baseline."""
+    """What every rule in use says of the subject's output; a plain eager implementation is the baseline. Nothing for a layer
+    whose weights are too many to compute a second time on the CPU."""
+    shape = subject.case.shape
+    if shape.experts * shape.inter * shape.hidden > MANY_WEIGHTS:
+        return {}
     inputs = make_inputs(subject.case)
     rounding = subject.backend.rounding(subject.case) or assumed_rounding(subject.case.recipe)
     eager = layer_of(subject.case, rounding, inputs).eager

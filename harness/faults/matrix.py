@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from harness.diagnose import KINDS
 from harness.faults.campaign import CleanRun
 from harness.faults.score import LANES, Score
 
@@ -45,7 +46,8 @@ def called_as(score: Score) -> str:
     if not score.names:
         return ""
     name = score.names.most_common(1)[0][0]
-    return name if name in score.fault.expect else f"{name} (?)" if not score.lies else f"{name} (wrong)"
+    true = name in score.fault.expect or name not in KINDS
+    return name if true else f"{name} (wrong)" if name in score.lies else f"{name} (?)"
 
 
 def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:

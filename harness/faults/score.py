@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from harness.case import Case
+from harness.diagnose import KINDS
 from harness.faults.fault import Fault
 from harness.relations import CHECKS
 from harness.select import Item
@@ -15,7 +16,7 @@ from harness.verdict import Status, Verdict
 LANES = ("exact", "real", "mean z2", "state", "memory", "relation", "contract", "isolation")
 MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written", "poison")
 ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
-LITERAL = ("zeros", "non_finite", "never_written")  # what a reader sees in the output itself: never a lie
+LITERAL = ("zeros", "non_finite", "never_written", "unstable")  # read off the outputs themselves: never a lie
 STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
 ENOUGH = 3  # kills in each fill after which more of the same say nothing new
 
@@ -93,9 +94,10 @@ class Score:
 
     @property
     def named(self) -> bool:
-        """True iff most of the killing verdicts that name something name it truthfully, and none lies."""
-        right = sum(self.names[kind] for kind in self.fault.expect)
-        return not self.lies and 2 * right > self.kills - self.names["unexplained"] > 0
+        """True iff most of the killing verdicts name a symptom that is true of the fault, and none lies. What a failed check
+        is called (a relation, a state, an exception) says what was done and seen: it is always true."""
+        right = sum(count for kind, count in self.names.items() if kind in self.fault.expect or kind not in KINDS)
+        return not self.lies and 2 * right > self.kills > 0
 
 
 def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdict], thorough: bool = False) -> Score:

@@ -73,7 +73,7 @@ def test_a_wrong_kernel_raises_an_alarm(monkeypatch: pytest.MonkeyPatch, capsys:
         return compare(expect(case, inputs, BF16), emulate(inputs, BF16, seed) * 1.1)
 
     wrong = [Subject("wrong", ("bf16",), judge, tight=True), Subject("dead", ("bf16",), lambda case, seed: "CRASHED: x", False)]
-    monkeypatch.setattr(harness.calibrate, "subjects", lambda backends: iter(wrong))
+    monkeypatch.setattr(harness.calibrate, "subjects", lambda backends, device: iter(wrong))
     tallies = calibrate(6, 0)
     assert [len(t.alarms) for t in tallies.values()] == [3, 3]
     text = capsys.readouterr().out
