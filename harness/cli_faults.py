@@ -47,9 +47,9 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     scores = []
     for score in campaign.scores(chosen):
         scores.append(score)
+        if json_file is not None:  # a run that is cut short keeps what it had
+            json_file.write_text(json.dumps(matrix.as_json(scores, runs), indent=1) + "\n")
         out.print(f"{'killed  ' if score.kills else 'SURVIVED'} {score.fault.name}  {matrix.called_as(score)}", markup=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(matrix.as_json(scores, runs), indent=1) + "\n")
     if page is not None:
         page.write_text(matrix.markdown(scores, runs, f"moecheck faults --platform {device.arch} --tier {tier}"))
     Console(width=180, highlight=False, file=out.file, force_terminal=out.is_terminal).print(matrix.table(scores))

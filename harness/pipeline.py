@@ -24,7 +24,7 @@ from harness.memory import NAN, RedZones, poisoned
 from harness.oracle import Expected, expect
 from harness.relations import chosen
 from harness.subject import Subject, SubjectError, guarded, malformed, synchronised
-from harness.variants import copied
+from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -77,7 +77,7 @@ class OracleCache:
         """The expectation under the backend's rounding points."""
         rounding = backend.rounding(case)
         if rounding not in self.expected:
-            self.expected[rounding] = expect(case, inputs, rounding)
+            self.expected[rounding] = expect(case, judged_on(inputs), rounding)
         return self.expected[rounding]
 
 

@@ -165,7 +165,7 @@ def _strided_inputs(subject: Subject) -> Finding | None:
     inputs = subject.inputs
     wide = variants.replaced(inputs, x=_slice(inputs.x), logits=_slice(inputs.logits))
     try:
-        output = subject.run(subject.prepare(wide).call)
+        output = subject.run(subject.prepare(wide, copy=False).call)
     except SubjectError as raised:
         if any(word in str(raised).lower() for word in REFUSALS):
             return None

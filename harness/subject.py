@@ -15,7 +15,7 @@ from harness.compare import compare
 from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
 from harness.oracle import Expected, expect
-from harness.variants import copied
+from harness.variants import copied, judged_on
 from harness.verdict import Finding
 from reference.formats import get
 
@@ -53,10 +53,11 @@ class Subject:
     output: Tensor
     result: Tensor
 
-    def prepare(self, inputs: Inputs) -> Launch:
-        """A launch of the same backend on a copy of other inputs, memory poisoned as for the first."""
+    def prepare(self, inputs: Inputs, copy: bool = True) -> Launch:
+        """A launch of the same backend on other inputs, a copy of them unless their strides matter."""
+        given = copied(inputs) if copy else inputs
         with poisoned(NAN, self.device):
-            return guarded(lambda: self.backend.prepare(inputs.case, copied(inputs)))
+            return guarded(lambda: self.backend.prepare(given.case, given))
 
     def run(self, call: Callable[[], object], poison: int = NAN) -> object:
         """Call, with poison in whatever nobody wrote, and wait for the device, so that its error is this call's."""
@@ -65,7 +66,7 @@ class Subject:
 
     def expect(self, inputs: Inputs) -> Expected:
         """What these inputs should give, under the same declared rounding."""
-        return expect(inputs.case, inputs, self.backend.rounding(inputs.case), guard=False)
+        return expect(inputs.case, judged_on(inputs), self.backend.rounding(inputs.case), guard=False)
 
     def judge(self, check: str, what: str, inputs: Inputs, output: object) -> Finding | None:
         """A finding of `check` if `output` is not what the oracle expects of `inputs`; `what` names the call."""

@@ -79,7 +79,7 @@ def _declared(origin: str, module: ModuleType) -> tuple[Backend, ...]:
         raise PluginError(f"{origin}: declares no backends; wanted BACKENDS = (Backend(...), ...), got {declared!r:.80}")
     declared = (*declared, *(getattr(fault, "backend", fault) for fault in faults))
     if not all(isinstance(b, Backend) for b in declared):
-        raise PluginError(f"{origin}: wanted BACKENDS of Backend and FAULTS of Fault, got {declared!r:.80}")
+        raise PluginError(f"{origin}: declares no backends; wanted BACKENDS = (Backend(...), ...), got {declared!r:.80}")
     for backend in declared:
         _check_names(origin, backend)
     return declared

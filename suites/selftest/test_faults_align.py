@@ -12,7 +12,7 @@ from harness.faults.bugs.align_replicas import ReplicatedMoe
 from harness.faults.bugs.align_sentinel import ContiguousMoe, GatherMoe
 from harness.faults.bugs.routing_select import OwnRouter
 from harness.faults.bugs.routing_shared import SharedExpertMoe
-from harness.pipeline import run
+from harness.pipeline import Options, run
 from harness.twins.base import Twin
 from harness.verdict import Status
 
@@ -28,5 +28,5 @@ CLEAN = (AdapterMoe, ContiguousMoe, GatherMoe, OwnRouter, ReplicatedMoe, ScaledR
 @pytest.mark.parametrize("case_id", CASES)
 @pytest.mark.parametrize("twin", CLEAN, ids=lambda twin: twin.__name__)
 def test_the_machinery_is_right_before_a_fault_breaks_it(twin: type[Twin], case_id: str) -> None:
-    verdict = run(Case.parse(case_id), twin.backend(f"clean_{twin.__name__}"), CPU, checks=CHECKS)
+    verdict = run(Case.parse(case_id), twin.backend(f"clean_{twin.__name__}"), CPU, options=Options(CHECKS))
     assert verdict.status is Status.PASSED, verdict.reason

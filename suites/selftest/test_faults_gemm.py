@@ -11,7 +11,7 @@ from harness.faults.bugs.gemm_rows import AdapterMoe, DenseCombine, PaddedRows
 from harness.faults.bugs.gemm_scales import FilthyPadding, QuadTiles, TransformedScales
 from harness.faults.bugs.gemm_state import ProfiledTiles
 from harness.faults.bugs.gemm_tiles import ScalePerStep, ScaleRowPerStep, SizedSteps
-from harness.pipeline import run
+from harness.pipeline import Options, run
 from harness.twins.base import Twin
 from harness.verdict import Status
 
@@ -36,5 +36,5 @@ CLEAN: dict[type[Twin], tuple[str, ...]] = {
 def test_what_a_fault_breaks_is_right_without_it(twin: type[Twin]) -> None:
     for text in CLEAN[twin]:
         case, fill = text.split()
-        verdict = run(Case.parse(f"moe.{case}.standard.{fill}.s0"), twin.backend("clean"), CPU, checks=1)
+        verdict = run(Case.parse(f"moe.{case}.standard.{fill}.s0"), twin.backend("clean"), CPU, options=Options(1))
         assert verdict.status is Status.PASSED, f"{verdict.case_id}: {verdict.reason}"

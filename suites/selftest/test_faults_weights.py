@@ -12,7 +12,7 @@ from harness.faults.bugs.quantize_rows import ScaledRows
 from harness.faults.bugs.weights_cache import CachedOrder, LowRankBranch
 from harness.faults.bugs.weights_order import Preshuffled, UpFirst
 from harness.faults.bugs.weights_scales import SaturatedExport, SwizzledPerCall
-from harness.pipeline import run
+from harness.pipeline import Options, run
 from harness.twins.base import Twin
 from harness.verdict import Status
 
@@ -47,5 +47,5 @@ CLEAN: tuple[tuple[type[Twin], tuple[str, ...]], ...] = (
 @pytest.mark.parametrize(("twin", "cases"), CLEAN, ids=lambda value: value.__name__ if isinstance(value, type) else "")
 def test_machinery_without_the_fault_passes(twin: type[Twin], cases: tuple[str, ...]) -> None:
     for case_id in cases:
-        verdict = run(Case.parse(case_id), twin.backend(f"clean_{twin.__name__}"), CPU, checks=RELATIONS)
+        verdict = run(Case.parse(case_id), twin.backend(f"clean_{twin.__name__}"), CPU, options=Options(RELATIONS))
         assert verdict.status is Status.PASSED, f"{case_id}: {verdict.reason}"

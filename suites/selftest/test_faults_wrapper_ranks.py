@@ -12,7 +12,7 @@ from harness.faults.bugs.wrapper_api import AlignmentDeclared, AutoSelected, Jit
 from harness.faults.bugs.wrapper_out import CachedResult, ListOp
 from harness.faults.bugs.wrapper_side import LoraBranch, SharedAfterRouted
 from harness.faults.bugs.wrapper_workspace import Autotuned, Chunked, HostExecutor, LastArriverFinalizes
-from harness.pipeline import OracleCache, run
+from harness.pipeline import Options, OracleCache, run
 from harness.twins.base import Twin
 from harness.verdict import Status
 
@@ -32,6 +32,6 @@ POOL = {case: OracleCache() for case in CASES}  # every backend of one rounding 
 @pytest.mark.parametrize("twin", CLEAN, ids=lambda twin: twin.__name__)
 def test_the_machinery_is_right_until_a_fault_breaks_it(twin: type[Twin]) -> None:
     backend = twin.backend(twin.__name__)
-    verdicts = [run(Case.parse(case), backend, CPU, cache=POOL[case], checks=1) for case in CASES]
+    verdicts = [run(Case.parse(case), backend, CPU, cache=POOL[case], options=Options(1)) for case in CASES]
     assert not [v.reason for v in verdicts if v.status.failed]
     assert sum(v.status is Status.PASSED for v in verdicts) >= 2
