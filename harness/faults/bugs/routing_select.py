@@ -30,17 +30,6 @@ class OwnRouter(GroupedMoe):
         return self.router()(self.step["logits"], self.step.get("bias"), self.shape.top_k)
 
 
-class _TopTwo(Router):
-    def group_scores(self, grouped: Tensor) -> Tensor:
-        return grouped.topk(2, dim=-1).values.sum(-1)
-
-
-class TopTwoOfEveryGroup(OwnRouter):
-    """Groups are scored by topk(2) inside them: with one expert a group the selected index is out of range."""
-
-    ROUTER = _TopTwo
-
-
 class _BestOfGroup(Router):
     def group_scores(self, grouped: Tensor) -> Tensor:
         return grouped.amax(-1)
@@ -171,7 +160,6 @@ _CAPACITY = "https://github.com/flashinfer-ai/flashinfer/pull/5165"
 _F32 = "https://github.com/flagos-ai/FlagGems/pull/5469"
 MISROUTED = ("wrong_expert", "missing_slot", "missing_expert")  # another expert came in where the right one was due
 FAULTS = (
-    planted("B013", TopTwoOfEveryGroup, "https://github.com/vllm-project/vllm/pull/29439", ("exception",)),
     planted("B014", GroupScoreIsItsMaximum, _V3, ("wrong_expert",)),
     planted("B014", DroppedGroupsScoreZero, _V3, ("wrong_expert",)),
     planted("B059", NoLaneEqualsNan, "https://github.com/sgl-project/sglang/pull/30079", ("exception", "non_finite")),
