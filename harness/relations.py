@@ -271,6 +271,10 @@ def _shards(subject: Subject) -> Finding | None:
     return None
 
 
+def _shows_weights(subject: Subject) -> str | None:
+    return _small(subject) or (None if subject.launch.buffers.keys() - STEP.keys() else "its weight buffers are not shown")
+
+
 def _rows_scale(subject: Subject) -> str | None:
     scaling = get(subject.case.recipe.acts).scaling
     static = scaling is not None and scaling.static
@@ -306,7 +310,7 @@ def _listed(name: str, what: str, make: Callable[[Inputs], Inputs], needs: Calla
 CHECKS: tuple[Check, ...] = (
     Check("next_step", Status.UNSTABLE, _next_step, _stepped),
     Check("other_weights", Status.UNSTABLE, _other_weights, _small),
-    Check("weights_in_place", Status.UNSTABLE, _weights_in_place, _small),
+    Check("weights_in_place", Status.UNSTABLE, _weights_in_place, _shows_weights),
     Check("out_buffer", Status.WRONG, partial(_out_buffer, strided=False), _has_out),
     Check("out_strided", Status.WRONG, partial(_out_buffer, strided=True), _has_out),
     Check("strided_inputs", Status.WRONG, _strided_inputs, _small),
