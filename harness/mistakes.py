@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.case import Case
 from harness.whatif import Mistake, Packed, Turn
-from reference.activation import ACTIVATIONS, Activation, join_halves, split_halves
+from reference.activation import ACTIVATIONS, Activation, join_halves, split_halves, swiglu_bias
 from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
@@ -219,6 +219,11 @@ def _activations(case: Case) -> Iterator[Mistake]:
         if mine.gated and not other.gated:
             halves = Activation(f"{other.name}(gate) * up", True, False, other.scalar, mine.linear)
             yield other_activation(halves)
+    for lost in ("alpha", "beta", "limit") if {"alpha", "beta", "limit"} == mine.parameters.keys() else ():
+        kept = {name: value for name, value in mine.parameters.items() if name != lost}
+        without = swiglu_bias(f"{mine.name} without its {lost}", **kept)
+        if without.parameters != mine.parameters:
+            yield other_activation(without)
 
 
 def _weights(case: Case) -> Iterator[Mistake]:

@@ -14,6 +14,7 @@ TILES = (16, 32, 64, 128, 256)  # tile sizes kernels use; a place is named after
 FILLED = 0.75  # share of a tile's rows and columns that must be hit before the tile is blamed
 BY_CHANCE = 0.05  # probability that so many rows or columns all lie in a tail by chance, above which it is not blamed
 STRIPES = 8  # parts of the columns that must all be worse than expected before the error is everywhere
+MANY_ROWS = 8  # tokens below which a few wrong neurons reach every row: no statistics of rows to speak of
 PRECISION = 0.125  # rel-L2 above which an error is no rounding: half a step of E2M1, the coarsest grid, is 1/8 of its value
 UNLIKE = 0.25  # correlation of error and value above which it is no rounding to nearest
 SHARED = 2.0  # energy of the errors' means along an axis, in units of that of independent errors
@@ -102,7 +103,7 @@ def precision(e: Evidence) -> Claim | None:
     """Errors everywhere, like those of rounding but larger: in every row and every stripe of columns, unlike the value."""
     judged = ~e.expected.ambiguous
     z, error, value = e.z[judged], (e.actual - e.value)[judged], e.value[judged]
-    if e.comparison.rel_l2 > PRECISION or not bool(z.isfinite().all()):
+    if e.comparison.rel_l2 > PRECISION or not bool(z.isfinite().all()) or len(z) < MANY_ROWS:
         return None
     squared = z.square()
     large = 1.0 if not e.expected.exact else 0.0

@@ -16,7 +16,14 @@ from harness.verdict import Status, Verdict
 LANES = ("exact", "real", "mean z2", "state", "memory", "relation", "contract", "isolation")
 MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written", "poison")
 ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
-LITERAL = ("zeros", "non_finite", "never_written", "unstable")  # read off the outputs themselves: never a lie
+LITERAL = (
+    "zeros",
+    "non_finite",
+    "never_written",
+    "nan_from_padding",
+    "unstable",
+    "tail_tile",
+)  # read off the outputs themselves: never a lie
 STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
 ENOUGH = 3  # kills in each fill after which more of the same say nothing new
 

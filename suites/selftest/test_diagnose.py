@@ -304,7 +304,7 @@ swiglu_oai: bf16.real nvfp4.exact
 silu: mxfp4.real
 clamped: bf16.real bf16.exact
 without_bias: biased.real
-precision: nvfp4.real one_token.real
+precision: nvfp4.real
 scattered: top1.real bf16.exact
 """
 PLANTED = [(line.split(":")[0], cell) for line in TABLE.split("\n") for cell in line.split()[1:]]
