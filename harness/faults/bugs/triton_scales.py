@@ -9,7 +9,7 @@ PATCHES = (
         "B093",
         "last_k_block_next_experts_scales",
         "https://github.com/flashinfer-ai/flashinfer/issues/5438",
-        ("scale_roll", "poison", "non_finite", "unexplained", "exception", "death"),
+        ("next_expert_scales", "scale_roll", "poison", "non_finite", "unexplained", "exception", "death"),
         "The last K block of a tile is scaled with the scales of the next expert (a descriptor updated too early).",
         (
             (

@@ -160,6 +160,6 @@ FAULTS = (
     planted("B170", TrainingHalves, f"{MEGATRON}/pull/6045", ("gate_up_swap",)),
     planted("B170", UngatedActivationType, f"{MEGATRON}/pull/6045", ("exception",)),
     planted("B194", ViewStrideIgnored, "https://github.com/linkedin/Liger-Kernel/pull/1377", ("wrong_expert",)),
-    planted("B228", InterleavedReadOnly, f"{MEGATRON}/issues/7576", ("unexplained",)),
-    planted("B229", InterleavedCheckpoint, f"{VLLM}/pull/52240", ("unexplained",)),
+    planted("B228", InterleavedReadOnly, f"{MEGATRON}/issues/7576", ("gate_up_interleave",)),
+    planted("B229", InterleavedCheckpoint, f"{VLLM}/pull/52240", ("gate_up_interleave",)),
 )
