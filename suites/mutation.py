@@ -44,6 +44,8 @@ TESTS = {  # the first pattern that fits: family, test files in the order they r
     "r[eo][cu]*.py": ("recipes, rounding", "recipes moe bounds"),
     "activation.py": ("activation", "activation moe witness_routing witness_layers"),
     "bounds.py": ("bounds", "bounds recipes witness_layers"),
+    "exactness.py": ("bounds", "exactness"),
+    "fused.py": ("layer", "fused"),
     **dict.fromkeys(("moe.py", "experts.py"), ("layer", "moe recipes activation bounds witness_layers")),
     "*": ("dispatch", "dispatch dispatch_slots dispatch_metadata dispatch_blocks"),
 }
