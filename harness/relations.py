@@ -167,10 +167,17 @@ def _strided_inputs(subject: Subject) -> Finding | None:
     try:
         output = subject.run(subject.prepare(wide, copy=False).call)
     except SubjectError as raised:
-        if any(word in str(raised).lower() for word in REFUSALS):
-            return None
-        raise
+        if not _refuses(raised.error):
+            raise
+        return None
     return subject.judge("strided_inputs", "the call on strided x and logits", inputs, output)
+
+
+def _refuses(error: BaseException) -> bool:
+    """A host-side refusal that names the reason. A misaligned address on the device is an error, not a refusal."""
+    text = str(error).lower()
+    host = isinstance(error, ValueError | TypeError | RuntimeError | AssertionError) and "cuda error" not in text
+    return host and "address" not in text and any(word in text for word in REFUSALS)
 
 
 def _slice(x: Tensor) -> Tensor:
@@ -263,7 +270,7 @@ def _garbage(subject: Subject) -> Finding | None:
 
 
 def _shards(subject: Subject) -> Finding | None:
-    """Each of two expert-parallel ranks gives its experts' part, so that they sum to the whole."""
+    """Every expert-parallel rank gives its experts' part, so that the two that hold all of them sum to the whole."""
     for inputs in variants.shards(subject.inputs):
         what = f"the rank that holds experts {inputs.local.start}..{inputs.local.stop - 1}"
         if finding := subject.judge("expert_parallel", what, inputs, subject.run(subject.prepare(inputs).call)):

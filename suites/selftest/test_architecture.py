@@ -95,6 +95,25 @@ def test_a_backend_is_not_its_own_oracle(path: Path) -> None:
             assert any(module == p or module.startswith(p + ".") for p in PACKING), f"imports {module}"
 
 
+TWINS_MAY = {"harness.backends.base", "harness.case", "harness.inputs", "harness.twins"}
+TWINS_MAY |= {"reference.format", "reference.formats", "reference.grid", "reference.layouts", "reference.rounding"}
+
+
+@pytest.mark.parametrize("path", sources("harness/twins", "harness/faults/bugs"), ids=relative)
+def test_a_twin_and_a_planted_bug_share_nothing_with_the_oracle(path: Path) -> None:
+    may = TWINS_MAY | ({"harness.faults"} if "faults" in path.parts else set())
+    for module in imports(path):
+        if module.split(".")[0] in ("harness", "reference"):
+            assert any(module == m or module.startswith(m + ".") for m in may), f"{relative(path)} imports {module}"
+
+
+def test_a_plain_run_never_loads_the_faults() -> None:
+    """Only the command lines know them, and the child when it is asked for the rules in use."""
+    outside = [p for p in sources("harness") if "faults" not in p.parts and not p.stem.startswith("cli")]
+    knowing = {relative(p) for p in outside if any(m.startswith("harness.faults") for m in imports(p))}
+    assert knowing <= {"harness/worker/child.py", "harness/report/audit.py"}
+
+
 def test_the_judge_never_imports_pytest_or_a_kernel_library() -> None:
     for name in (*CORE, "pipeline"):
         tops = {m.split(".")[0] for m in imports(ROOT / "harness" / f"{name}.py")}

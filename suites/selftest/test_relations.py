@@ -13,7 +13,7 @@ from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from harness.memory import HUGE, NAN, RED_ZONE, RedZones, held, poisoned
 from harness.pipeline import Options, run
-from harness.relations import CHECKS, chosen, step
+from harness.relations import CHECKS, _refuses, chosen, step
 from harness.twins.aligned import AlignedMoe
 from harness.twins.base import Twin
 from harness.twins.grouped import GroupedMoe
@@ -299,3 +299,17 @@ def test_the_device_of_the_poison_is_the_cases(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "_poison_cuda", filled.append)
     with poisoned(HUGE, Device("cuda", "sm90")):
         assert filled == [HUGE]
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (ValueError("x must be contiguous"), True),
+        (RuntimeError("expected stride 1 in the last dimension"), True),
+        (RuntimeError("CUDA error: misaligned address"), False),
+        (RuntimeError("an illegal memory access was encountered"), False),
+        (SystemExit("stride"), False),
+    ],
+)
+def test_a_refusal_of_strides_is_told_from_a_crash(error: BaseException, refusal: bool) -> None:
+    assert _refuses(error) is refusal

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.backends.base import CPU
+from harness.backends.base import CPU, Device
 from harness.case import Case
 from harness.diagnose import KINDS
 from harness.errors import PluginError
 from harness.verdict import Status
+from harness.worker.child import _sticky
 from harness.worker.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,3 +112,17 @@ def test_a_library_that_is_not_here_is_unavailable(tmp_path: Path) -> None:
 def test_a_lying_probe_is_the_users_error(tmp_path: Path, probe: str) -> None:
     with pytest.raises(PluginError, match="odd"):
         judge_plugin(tmp_path, probe=probe)
+
+
+def test_a_context_that_answers_with_errors_is_sticky(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every CUDA call raises until the process is gone: the child must be replaced."""
+    gpu = Device("cuda", "sm90")
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.synchronize", broken)
+    assert _sticky(gpu)
+    assert not _sticky(CPU)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    assert not _sticky(gpu)
