@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,6 +25,31 @@ MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u
 BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
+DRAWN_BYTES = 1 << 28  # weights kept between a case's relations; a served layer of several GB is drawn anew each time
+
+
+@dataclass
+class Drawn:
+    """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. Everybody gets
+    copies: a subject may write to what it was handed."""
+
+    kept: dict[tuple[str, str, int], tuple[Quantized | None, ...]] = field(default_factory=dict)
+    size: int = 0
+
+    def get(self, key: tuple[str, str, int], draw: Callable[[], tuple[Quantized | None, ...]]) -> tuple[Quantized | None, ...]:
+        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for."""
+        if key not in self.kept:
+            drawn = draw()
+            self.size += sum(q.codes.nbytes for q in drawn if q is not None)
+            if self.size > DRAWN_BYTES:
+                return drawn
+            self.kept[key] = drawn
+        return tuple(None if q is None else _copied(q) for q in self.kept[key])
+
+
+def _copied(q: Quantized) -> Quantized:
+    scales, global_scale, zeros = (None if t is None else t.clone() for t in (q.scales, q.global_scale, q.zeros))
+    return Quantized(q.format, q.codes.clone(), scales, global_scale, zeros)
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,7 @@ class Inputs:
     logits: Tensor
     bias: Tensor | None
     x_scale: float | None = None
+    drawn: Drawn = field(default_factory=Drawn, compare=False, repr=False)
 
     @cached_property
     def x_quantized(self) -> Quantized | None:
@@ -100,6 +127,17 @@ class Inputs:
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
+        gate, up = self.drawn.get((self.device, "gate_up", expert), lambda: self._gate_up(expert))
+        assert gate is not None
+        return gate, up
+
+    def down(self, expert: int) -> Quantized:
+        """Down-projection weights of one expert, [hidden, inter]."""
+        (down,) = self.drawn.get((self.device, "down", expert), lambda: (self._down(expert),))
+        assert down is not None
+        return down
+
+    def _gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         gated = ACTIVATIONS[self.case.activation].gated
         if self.case.fill == "exact":
             return self._exact.gate(expert), self._exact.up(expert) if gated else None
@@ -108,8 +146,7 @@ class Inputs:
         gate = self._real(f"gate.{expert}", shape, gate_rms)
         return gate, self._real(f"up.{expert}", shape, up_rms) if gated else None
 
-    def down(self, expert: int) -> Quantized:
-        """Down-projection weights of one expert, [hidden, inter]."""
+    def _down(self, expert: int) -> Quantized:
         if self.case.fill == "exact":
             return self._exact.down(expert)
         shape = self.case.shape

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from harness import fills
+from harness import inputs as inputs_module
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import expect, layer_experts
@@ -203,3 +206,29 @@ def test_exact_outputs_are_dense(shape: str) -> None:
     """All zeros would be exact as well."""
     made = case(f"{shape}.swiglu.standard.exact.s0".replace("h7168", "h512"))
     assert float((expect(made, make_inputs(made), BF16_EVERYWHERE).value != 0).double().mean()) > 0.4
+
+
+def test_weights_are_drawn_once_and_every_asker_gets_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does to the weights it was handed must not reach the oracle of the next relation."""
+    inputs = make_inputs(Case.parse("moe.mxfp4.t3.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0"))
+    draws: list[Any] = []
+    real = fills.real
+
+    def counted(*args: Any) -> Quantized:
+        draws.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(fills, "real", counted)
+    first = inputs.down(1)
+    kept = first.codes.clone()
+    first.codes.zero_()
+    assert torch.equal(replace(inputs, x=inputs.x + 1).down(1).codes, kept)
+    assert len(draws) == 1
+
+
+def test_weights_beyond_the_budget_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A served layer would fill the memory."""
+    monkeypatch.setattr(inputs_module, "DRAWN_BYTES", 0)
+    inputs = make_inputs(Case.parse("moe.mxfp4.t3.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0"))
+    assert torch.equal(inputs.down(1).codes, inputs.down(1).codes)
+    assert not inputs.drawn.kept
