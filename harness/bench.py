@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from harness import config
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
 from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect, weight_source
-from harness.pipeline import run
+from harness.pipeline import Options, run
 from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
 from reference import fused
@@ -57,18 +58,20 @@ def for_each(cases: Iterable[Case], call: Callable[[Case], object]) -> None:
 
 
 def isolation() -> None:
-    """300 small cases through the worker and the journal against the same cases in this process, alternating in tens."""
+    """300 small cases of a smoke run through worker and journal against the same in this process, alternating in tens."""
+    asked = Options(config.tier("smoke").checks)
     backend = discover()["torch_grouped_mm"]
     torch.set_num_threads(THREADS)
     cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(CASES)]
     bare = through = 0.0
     with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (), Path(folder), 60) as worker:
         journal = Journal(Path(folder))
-        run(cases[0], backend, CPU)
+        worker.checks = asked.checks
+        run(cases[0], backend, CPU, options=asked)
         worker.judge(cases[0], backend.name)
         for start in range(0, CASES, 10):
             group = cases[start : start + 10]
-            bare += timed(partial(for_each, group, lambda case: run(case, backend, CPU)))
+            bare += timed(partial(for_each, group, lambda case: run(case, backend, CPU, options=asked)))
             through += timed(partial(for_each, group, lambda case: journal.append(worker.judge(case, backend.name))))
     console.print(f"isolation: {CASES} cases bare {bare:.2f} s, worker and journal {through:.2f} s, ratio {through / bare:.3f}")
 
@@ -78,6 +81,7 @@ def replacement() -> None:
     case = Case.parse(SMALL.format(tokens=3, seed=0))
     gaps = []
     with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (), Path(folder), 60) as worker:
+        worker.checks = 0
         worker.judge(case, "torch_grouped_mm")
         warm = statistics.median(timed(lambda: worker.judge(case, "torch_grouped_mm")) for _ in range(5))
         for _ in range(CRASHES):
