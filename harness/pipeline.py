@@ -48,10 +48,12 @@ class Progress:
 @dataclass(frozen=True)
 class Options:
     """checks: how many relations to ask of a case, None for all that apply; rules(subject): what other acceptance rules say
-    of the first call's output, for the record only."""
+    of the first call's output, for the record only; zones: red zones around the buffers, which a sanitizer would take for
+    memory that the kernel may use."""
 
     checks: int | None = None
     rules: Callable[[Subject], dict[str, bool]] | None = None
+    zones: bool = True
 
 
 @dataclass
@@ -128,7 +130,7 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     given = copied(inputs)
     launch = prepared(backend, given, device)
     zones = RedZones()
-    zones.move(dict(launch.buffers))
+    zones.move(dict(launch.buffers) if options.zones else {})
     before = snapshot(given, launch)
     progress.at(Stage.LAUNCH)
     with poisoned(NAN, device):

@@ -42,7 +42,7 @@ def guarded(call: Callable[[], T]) -> T:
 
 
 def prepared(backend: Backend, given: Inputs, device: Device) -> Launch:
-    """The backend's launch on these inputs, guarded from now on; SubjectError(Violation) if it is none or breaks its contract."""
+    """The backend's launch on these inputs, guarded from now on. SubjectError(Violation): no launch, or a broken contract."""
     with poisoned(NAN, device):
         launch = guarded(lambda: backend.prepare(given.case, given))
     if not isinstance(launch, Launch):

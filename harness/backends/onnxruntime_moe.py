@@ -86,7 +86,7 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
 
 
 def contract(case: Case, rows: int) -> tuple[Argument, ...]:
-    """What the schema of MoE or QMoE wants (onnxruntime ContribOperators.md), `rows` of fc1; bound by address, so on the CPU."""
+    """What the schema of MoE or QMoE wants (onnxruntime ContribOperators.md), fc1 with `rows` rows; bound by address."""
     shape, bits = case.shape, BITS.get(case.recipe.weights)
     codes, packed = (torch.float32, 1) if bits is None else (torch.uint8, 8 // bits)
     arguments = [

@@ -24,10 +24,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
 }
 ALIGNMENT = 8  # grouped_mm wants 16-byte aligned strides: 8 bf16 elements
-OPERAND = {"dtype": torch.bfloat16, "align": 16, "stride_align": 16}  # torch/_meta_registrations.py, check_valid_strides; TMA
+BYTES = 16  # of a start and a row stride: torch/_meta_registrations.py, check_valid_strides, and TMA
 CONTRACT = (
-    Argument("mat_a", shape=("rows", "k"), **OPERAND),
-    Argument("mat_b", shape=("experts", "k", "n"), **OPERAND),
+    Argument("mat_a", torch.bfloat16, ("rows", "k"), align=BYTES, stride_align=BYTES),
+    Argument("mat_b", torch.bfloat16, ("experts", "k", "n"), align=BYTES, stride_align=BYTES),
     Argument("offs", torch.int32, ("experts",)),
 )
 
