@@ -127,7 +127,8 @@ def test_an_invalid_access_is_told_with_kernel_line_thread_and_address() -> None
     assert (read.kernel, read.place) == ("out_of_bounds_kernel()", "memcheck_demo.cu:39")  # the kernel, the innermost line
     assert parse(OUT_OF_BOUNDS, "memcheck").findings[0].text == (
         "memcheck: Invalid __global__ write of size 4 bytes in unaligned_kernel() at memcheck_demo.cu:34, thread (0,0,0) of "
-        "block (0,0,0), address 0x7cc43aa00001 is misaligned and is inside the nearest allocation at 0x7cc43aa00000 of size 4 bytes"
+        "block (0,0,0), address 0x7cc43aa00001 is misaligned and is inside the nearest allocation at 0x7cc43aa00000 of size "
+        "4 bytes"
     )
 
 
