@@ -23,7 +23,7 @@ TRIGGER_BYTES = 1 << 20  # fewer can go unnoticed
 POLL_S = 0.05
 SHOWN = 300  # characters of a kernel's name: CUTLASS writes thousands
 
-# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int*) (file.cu:11)`, `#0 0x7f in name<<<`
+# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int) (file.cu:11)`, `#0 0x7f in name<<<`
 GDB_EXCEPTION = re.compile(r"^CUDA Exception: (.+)$", re.MULTILINE)
 GDB_AT = re.compile(r"^The exception was triggered at PC 0x[0-9a-f]+[ \t]*(.*?)[ \t]*(?:\(([^()\s]+:\d+)\))?$", re.MULTILINE)
 GDB_FRAME = re.compile(r"^#\d+ .*?\bin (.+?)\s*<<<", re.MULTILINE)
