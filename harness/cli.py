@@ -29,6 +29,7 @@ from harness.plan import Plan, Request
 from harness.report.text import explain
 from harness.run import Incomplete, execute
 from harness.session import detected_platform, device_of, new_folder
+from harness.worker import sanitizer as sanitizers
 from harness.worker.supervisor import Supervisor, WorkerBug
 
 CLEAN, KERNEL_FAILED, INCOMPLETE, USER_ERROR = 0, 1, 2, 3
@@ -107,6 +108,7 @@ def repro(
     backend: Backends = None,
     plugin: Plugins = None,
     limit: Annotated[float, typer.Option(help="Time limit in seconds.")] = 300.0,
+    sanitizer: Annotated[str | None, typer.Option(help=f"Under compute-sanitizer: {', '.join(sanitizers.TOOLS)}.")] = None,
 ) -> None:
     """Judge one case again, alone in a fresh child, and say everything about it."""
     case = Case.parse(case_id)
@@ -116,12 +118,27 @@ def repro(
     request = Request(device.arch, "smoke", tuple(backend or ()), cases=(case.id,), plugins=plugins)
     chosen = [item.subject for item in plan.make(request, found, device).items]
     failed = False
+    if sanitizer is not None:
+        folder = Path(tempfile.mkdtemp(prefix="moecheck-sanitizer-"))  # stays: the tool's whole report lies there
+        orders = [sanitizers.Order(case.id, name, device, plugins, str(folder / f"{name}.json")) for name in chosen]
+        raise typer.Exit(_sanitized(orders, sanitizer, limit))
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
         for subject in chosen:
             verdict = mark(worker.judge(case, subject), config.known_issues())
             out.print(explain(verdict), markup=False)
             failed |= verdict.status.failed
     raise typer.Exit(KERNEL_FAILED if failed else CLEAN)
+
+
+def _sanitized(orders: list[sanitizers.Order], tool: str, limit: float) -> int:
+    """One process under compute-sanitizer after another; 1 if a kernel failed."""
+    failed = False
+    for order in orders:
+        verdict, said = sanitizers.judge(order, tool, limit)
+        out.print(explain(verdict), markup=False)
+        out.print(said, markup=False)
+        failed |= verdict.status.failed
+    return KERNEL_FAILED if failed else CLEAN
 
 
 app.command()(faults)

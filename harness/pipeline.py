@@ -14,16 +14,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.backends.base import Backend, Device, Launch, checked_probe
+from harness.backends.base import Backend, Device, checked_probe
 from harness.case import Case
 from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
+from harness.guard import Violation
 from harness.inputs import Inputs, make_inputs
 from harness.memory import NAN, RedZones, poisoned
 from harness.oracle import Expected, expect
 from harness.relations import chosen
-from harness.subject import Subject, SubjectError, guarded, malformed, synchronised
+from harness.subject import Subject, SubjectError, guarded, malformed, prepared, synchronised
 from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
@@ -47,10 +48,12 @@ class Progress:
 @dataclass(frozen=True)
 class Options:
     """checks: how many relations to ask of a case, None for all that apply; rules(subject): what other acceptance rules say
-    of the first call's output, for the record only."""
+    of the first call's output, for the record only; zones: red zones around the buffers, which a sanitizer would take for
+    memory that the kernel may use."""
 
     checks: int | None = None
     rules: Callable[[Subject], dict[str, bool]] | None = None
+    zones: bool = True
 
 
 @dataclass
@@ -102,6 +105,8 @@ def run(
 
 
 def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> Verdict:
+    if isinstance(error, Violation):
+        return Verdict(case.id, backend.name, Status.CONTRACT, stage, str(error), error.findings)
     status = Status.OUT_OF_MEMORY if isinstance(error, OUT_OF_MEMORY) else Status.CRASHED
     text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     kind = type(error).__name__
@@ -123,13 +128,9 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
         return Verdict(case.id, backend.name, Status.UNTRUSTED, Stage.ORACLE, reason)
     progress.at(Stage.PREPARE)
     given = copied(inputs)
-    with poisoned(NAN, device):
-        launch = guarded(lambda: backend.prepare(case, given))
-    if not isinstance(launch, Launch):
-        text = f"prepare() must return a Launch, got {type(launch).__name__}"
-        return Verdict(case.id, backend.name, Status.CONTRACT, Stage.PREPARE, text, (Finding("prepare", text),))
+    launch = prepared(backend, given, device)
     zones = RedZones()
-    zones.move(dict(launch.buffers))
+    zones.move(dict(launch.buffers) if options.zones else {})
     before = snapshot(given, launch)
     progress.at(Stage.LAUNCH)
     with poisoned(NAN, device):

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.backends.base import Backend, Device, Launch
 from harness.case import Case
 from harness.compare import compare
+from harness.guard import Violation, armed
 from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
 from harness.oracle import Expected, expect
@@ -40,6 +41,16 @@ def guarded(call: Callable[[], T]) -> T:
         raise SubjectError(error) from error
 
 
+def prepared(backend: Backend, given: Inputs, device: Device) -> Launch:
+    """The backend's launch on these inputs, guarded from now on. SubjectError(Violation): no launch, or a broken contract."""
+    with poisoned(NAN, device):
+        launch = guarded(lambda: backend.prepare(given.case, given))
+    if not isinstance(launch, Launch):
+        text = f"prepare() must return a Launch, got {type(launch).__name__}"
+        raise SubjectError(Violation([Finding("prepare", text)]))
+    return guarded(lambda: armed(launch, device.kind))
+
+
 @dataclass
 class Subject:
     """A prepared subject and what it returned. output: the tensor of the first call itself; result: its copy on the CPU."""
@@ -55,9 +66,7 @@ class Subject:
 
     def prepare(self, inputs: Inputs, copy: bool = True) -> Launch:
         """A launch of the same backend on other inputs, a copy of them unless their strides matter."""
-        given = copied(inputs) if copy else inputs
-        with poisoned(NAN, self.device):
-            return guarded(lambda: self.backend.prepare(given.case, given))
+        return prepared(self.backend, copied(inputs) if copy else inputs, self.device)
 
     def run(self, call: Callable[[], object], poison: int = NAN) -> object:
         """Call, with poison in whatever nobody wrote, and wait for the device, so that its error is this call's."""

@@ -140,7 +140,8 @@ class Verdict:
         """The shell line that judges this case again."""
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
         platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
-        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}"
+        tool = f" --sanitizer {tool}" if (tool := self.environment.get("sanitizer")) else ""
+        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}{tool}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""

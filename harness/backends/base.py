@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.case import Case, Limit
 from harness.errors import PluginError
+from harness.guard import Argument
 from reference.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Launch:
     out(buffer): the same call into the caller's [tokens, hidden] buffer, where the entry point has an out argument.
     capture(): records the call and returns its replay; None means a CUDA graph on CUDA and nothing elsewhere.
     tactics: the same call under each tactic the library exposes.
+    contract: what the entry point wants of its buffers beyond their device, checked before each call (harness/guard.py).
     """
 
     call: Callable[[], Tensor]
@@ -65,6 +67,7 @@ class Launch:
     out: Callable[[Tensor], object] | None = None
     capture: Callable[[], Callable[[], Tensor]] | None = None
     tactics: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    contract: tuple[Argument, ...] = ()
 
 
 def always(device: Device) -> Support:

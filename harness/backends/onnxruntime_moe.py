@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case, Limit
+from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.format import Quantized
 from reference.rounding import Rounding
@@ -81,7 +82,23 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         return {**buffers, "router_weights": buffers["logits"].double().softmax(-1).float()} if weighted else buffers
 
     session = _session(_model(case, given()))
-    return Launch(lambda: _run(session, given()), buffers)
+    return Launch(lambda: _run(session, given()), buffers, contract=contract(case, rows=buffers["fc1_weights"].shape[1]))
+
+
+def contract(case: Case, rows: int) -> tuple[Argument, ...]:
+    """What the schema of MoE or QMoE wants (onnxruntime ContribOperators.md), fc1 with `rows` rows; bound by address."""
+    shape, bits = case.shape, BITS.get(case.recipe.weights)
+    codes, packed = (torch.float32, 1) if bits is None else (torch.uint8, 8 // bits)
+    arguments = [
+        Argument("x", torch.float32, (shape.tokens, shape.hidden), "cpu"),
+        Argument("logits", torch.float32, (shape.tokens, shape.experts), "cpu"),
+        Argument("fc1_weights", codes, (shape.experts, rows, shape.hidden // packed), "cpu", contiguous=True),
+        Argument("fc2_weights", codes, (shape.experts, shape.hidden, shape.inter // packed), "cpu", contiguous=True),
+    ]
+    if bits is not None:
+        arguments.append(Argument("fc1_scales", torch.float32, (shape.experts, rows), "cpu"))
+        arguments.append(Argument("fc2_scales", torch.float32, (shape.experts, shape.hidden), "cpu"))
+    return tuple(arguments)
 
 
 def _pack(matrix: Quantized, bits: int | None) -> tuple[Tensor, Tensor]:

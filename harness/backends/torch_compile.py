@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case
+from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.formats import get
 from reference.rounding import Rounding
@@ -61,7 +62,15 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
     w13, w2 = inputs.stacked()
     buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
     function = compiled(case.activation, w13.shape[1] > w2.shape[2])
-    return Launch(lambda: function(*buffers.values()), buffers)
+    tokens, hidden, dtype = case.shape.tokens, case.shape.hidden, get(case.recipe.acts).torch_dtype
+    contract = (
+        Argument("x", dtype, (tokens, hidden)),
+        Argument("w13", dtype, (case.shape.experts, "rows", hidden)),
+        Argument("w2", dtype, (case.shape.experts, hidden, case.shape.inter)),
+        Argument("ids", torch.int64, (tokens, case.shape.top_k)),
+        Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
+    )
+    return Launch(lambda: function(*buffers.values()), buffers, contract=contract)
 
 
 def rounding(case: Case) -> Rounding:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case, Limit
+from harness.guard import Argument, Entry
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
@@ -23,6 +24,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
 }
 ALIGNMENT = 8  # grouped_mm wants 16-byte aligned strides: 8 bf16 elements
+BYTES = 16  # of a start and a row stride: torch/_meta_registrations.py, check_valid_strides, and TMA
+CONTRACT = (
+    Argument("mat_a", torch.bfloat16, ("rows", "k"), align=BYTES, stride_align=BYTES),
+    Argument("mat_b", torch.bfloat16, ("experts", "k", "n"), align=BYTES, stride_align=BYTES),
+    Argument("offs", torch.int32, ("experts",)),
+)
 
 
 def probe(device: Device) -> Support:
@@ -45,7 +52,15 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
     w13, w2 = inputs.stacked()
     buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
     gated = w13.shape[1] > w2.shape[2]
-    return Launch(lambda: layer(buffers, case.activation, gated), buffers)
+    tokens, hidden = case.shape.tokens, case.shape.hidden
+    contract = (
+        Argument("x", torch.bfloat16, (tokens, hidden)),
+        Argument("w13", torch.bfloat16, (case.shape.experts, "rows", hidden)),
+        Argument("w2", torch.bfloat16, (case.shape.experts, hidden, case.shape.inter)),
+        Argument("ids", torch.int64, (tokens, case.shape.top_k)),
+        Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
+    )
+    return Launch(lambda: layer(buffers, case.activation, gated), buffers, contract=contract)
 
 
 def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
@@ -55,9 +70,10 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     counts = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0])
     ends = counts.cumsum(0).to(torch.int32)
     assert GROUPED_MM is not None
-    pre = GROUPED_MM(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
+    grouped_mm = Entry(GROUPED_MM, CONTRACT)
+    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
     middle = _activate(pre.float(), activation, gated).to(pre.dtype)
-    rows = GROUPED_MM(middle, b["w2"].transpose(-2, -1), offs=ends)
+    rows = grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends)
     weighted = rows.float() * b["topk_weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)

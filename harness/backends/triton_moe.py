@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case, Limit
+from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.format import WHOLE, Format, Quantized
 from reference.formats import get
@@ -124,7 +125,13 @@ def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> La
     first, second = (kernels.Weights(kind, s.data, s.scales, s.factors) for s in (w13, w2))
     x, topk = inputs.x, (inputs.topk_ids, inputs.topk_weights)
     buffers = {"x": x, "ids": topk[0], "topk_weights": topk[1], **w13.buffers("w13"), **w2.buffers("w2")}
-    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation), buffers)
+    tokens = case.shape.tokens
+    contract = (  # of the weights `moe` itself asks what it wants
+        Argument("x", get(case.recipe.acts).torch_dtype, (tokens, case.shape.hidden)),
+        Argument("ids", (torch.int32, torch.int64), (tokens, case.shape.top_k)),
+        Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
+    )
+    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation), buffers, contract=contract)
 
 
 BACKENDS = (

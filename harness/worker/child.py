@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -23,6 +24,7 @@ from harness.device import environment
 from harness.errors import MoecheckError, UnknownName
 from harness.pipeline import Options, OracleCache, Progress, run
 from harness.report.heatmap import artist
+from harness.worker import coredump
 from harness.worker.protocol import Message, receive, send
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -43,7 +45,7 @@ def main(pipe: Connection, setup: Setup) -> None:
     """Serve requests from `pipe`. Never returns normally: os._exit skips atexit hooks of a library in a bad state."""
     _die_with_parent()
     _redirect_output(Path(setup.log))
-    _prepare_libraries(setup.device)
+    _prepare_libraries(setup)
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the supervisor is gone
         _serve(pipe, setup)
     util._exit_function()  # type: ignore[attr-defined]  # unlinks the semaphores that libraries (tqdm) made; os._exit would leave them to a warning
@@ -69,10 +71,16 @@ def _redirect_output(log: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=False)
 
 
-def _prepare_libraries(device: Device) -> None:
-    """Set before any kernel library is imported."""
+def _prepare_libraries(setup: Setup) -> None:
+    """Set before any kernel library is imported and CUDA is initialised."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker pool does not survive in a forked child
-    if device.kind == "cpu":
+    if setup.device.kind == "cuda":
+        resource.setrlimit(
+            resource.RLIMIT_CORE, (0, 0)
+        )  # the GPU's dump aborts the process; a host dump beside it is gigabytes
+        for name, value in coredump.variables(Path(setup.log).parent).items():
+            os.environ.setdefault(name, value)
+    if setup.device.kind == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(THREADS)
 

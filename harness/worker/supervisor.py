@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -22,11 +22,13 @@ from harness import errors
 from harness.backends.base import Device, Support
 from harness.case import Case
 from harness.verdict import Finding, Stage, Status, Verdict
+from harness.worker import coredump
 from harness.worker.child import Setup, main
 from harness.worker.protocol import Message, receive, send
 
 START_LIMIT_S = 120.0  # a cold fork server imports torch: 3..6 s measured, more on a loaded machine
 GRACE_S = 0.5  # for the Python stack of a hung child to reach the log
+DUMP_LIMIT_S = 20.0  # for the GPU coredump of a hung child; one example took under a second
 TAIL_LINES = 12
 
 
@@ -47,6 +49,7 @@ class _Death:
     exit_code: int | None
     hung: bool
     tail: str
+    gpu: coredump.Facts | None = None
 
 
 class Supervisor:
@@ -134,9 +137,20 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 os.kill(child.process.pid, signal.SIGUSR1)
             child.process.join(timeout=GRACE_S)
-        death = _Death(stage, child.process.exitcode, hung, self._tail(mark))
+        death = _Death(
+            stage, child.process.exitcode, hung, _tail(self._printed(mark).splitlines()), self._gpu(child, hung, mark)
+        )
         self._replace()
         return death
+
+    def _gpu(self, child: _Child, hung: bool, mark: int) -> coredump.Facts | None:
+        """What the device says of the death."""
+        pid = child.process.pid
+        if self._setup.device.kind != "cuda" or pid is None:
+            return None
+        if hung:
+            coredump.trigger(self._log.parent, pid, DUMP_LIMIT_S)
+        return coredump.read(self._log.parent, pid, self._printed(mark))
 
     def _replace(self) -> None:
         """The spare takes over."""
@@ -169,13 +183,13 @@ class Supervisor:
         child.process.close()
         child.pipe.close()
 
-    def _tail(self, mark: int) -> str:
-        """What the dead child printed during its last case, the end of it."""
+    def _printed(self, mark: int) -> str:
+        """What the dead child printed during its last case."""
         if not self._log.exists():
             return ""
         with self._log.open("rb") as log:
             log.seek(mark)
-            return _tail(log.read().decode(errors="replace").splitlines())
+            return log.read().decode(errors="replace")
 
 
 def _tail(lines: list[str]) -> str:
@@ -217,5 +231,6 @@ def _how(death: _Death) -> str:
 def _verdict_of_death(case: Case, subject: str, death: _Death, limit_s: float) -> Verdict:
     how = f"no answer within {limit_s:g} s" if death.hung else _how(death)
     status = Status.HUNG if death.hung else Status.CRASHED
-    finding = Finding("death", f"{how} during {death.stage}", {"exit_code": death.exit_code, "output": death.tail})
-    return Verdict(case.id, subject, status, death.stage, f"{how} during {death.stage}", (finding,))
+    text = f"{how} during {death.stage}" + (f": {death.gpu.text}" if death.gpu else "")
+    evidence = {"exit_code": death.exit_code, "output": death.tail, **({"gpu": asdict(death.gpu)} if death.gpu else {})}
+    return Verdict(case.id, subject, status, death.stage, text, (Finding("death", text, evidence),))

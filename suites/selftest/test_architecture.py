@@ -22,6 +22,7 @@ CORE = (
     "evidence",
     "exact",
     "fills",
+    "guard",
     "hashing",
     "impostors",
     "inputs",
@@ -41,7 +42,7 @@ CORE = (
     "whatif",
 )
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
-PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.inputs"}
+PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.guard", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
 ENVIRONMENT_READERS = {"harness/device.py", "harness/worker/child.py", "harness/backends/triton_moe.py"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
