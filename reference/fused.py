@@ -63,31 +63,34 @@ def refuses(fmt: Format, shape: tuple[int, int]) -> str | None:
 
 
 def matvec(w: Stacked, expert: Tensor, x: Tensor, compiled: bool = True) -> Tensor:
-    """[slots, rows] float64: the weight of expert[s] times x[s], for expert [slots] int64 and x [slots, columns] float64.
+    """[slots, rows] float64: the weight of expert[s] times x[s], for expert [slots] int64 and x [slots, columns].
 
     Compiled (inductor: C++ on a CPU, Triton on a GPU) nothing of the weights' size is written; eagerly all of it is.
     """
     codes, scales = w.codes.unflatten(2, (-1, w.block)), w.scales.expand(-1, w.codes.shape[1], -1)
-    product = _compiled() if compiled else _product
+    product = _compiled(x.device.type) if compiled else _product
     return product(codes, w.table, scales, w.scale_table, expert, x.unflatten(1, (-1, w.block))) / w.divisor[expert, None]
 
 
 def _product(codes: Tensor, table: Tensor, scales: Tensor, scale_table: Tensor | None, expert: Tensor, x: Tensor) -> Tensor:
     value = table[codes[expert].int()]
     scale = scales[expert].double() if scale_table is None else scale_table[scales[expert].int()]
-    return (value * x.unsqueeze(1) * scale.unsqueeze(-1)).sum((2, 3))
+    return (value * x.double().unsqueeze(1) * scale.unsqueeze(-1)).sum((2, 3))
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_product, dynamic=True, fullgraph=True)
+def _compiled(device: str) -> Callable[..., Tensor]:
+    """On a GPU instructions are what it waits for: no checks of indices that are codes, block sizes tried out, sizes known."""
+    cuda = device == "cuda"
+    options = {"coordinate_descent_tuning": True, "assert_indirect_indexing": False} if cuda else None
+    return torch.compile(_product, dynamic=not cuda, fullgraph=True, options=options)
 
 
 def moe(x: Tensor, routing: Routing, weights: tuple[Stacked, ...], activation: Activation, compiled: bool = True) -> Tensor:
     """The layer [tokens, hidden] float64, as `reference.moe.moe` to 1e-12. x [tokens, hidden]; weights: (gate, up, down),
     or (gate, down) where the activation is not gated."""
     expert, top_k = routing.ids.flatten(), routing.ids.shape[1]
-    rows = x.double().repeat_interleave(top_k, dim=0)
+    rows = (x if x.is_cuda else x.double()).repeat_interleave(top_k, dim=0)  # a GPU converts faster than it reads
     first = [matvec(w, expert, rows, compiled) for w in weights[:-1]]
     middle = activation.combine(first[0], first[1] if len(first) > 1 else None)
     done = matvec(weights[-1], expert, middle, compiled)
