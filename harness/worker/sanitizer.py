@@ -5,6 +5,7 @@ The caching allocator is off and the buffers have no red zones: the tool must se
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -22,11 +23,12 @@ from harness.case import Case
 from harness.device import environment
 from harness.pipeline import Options, run
 from harness.verdict import Finding, Stage, Status, Verdict
+from harness.worker.child import PR_SET_PDEATHSIG
 from harness.worker.sanitizer_report import Report, SanitizerError, parse
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Without its own allocator torch asks CUDA for each tensor, of exact size; a blocking launch names the right host line.
-VARIABLES = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_LAUNCH_BLOCKING=1")
+VARIABLES = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_LAUNCH_BLOCKING=1", "TORCHINDUCTOR_COMPILE_THREADS=1")
 COMMON = (
     "--target-processes=application-only",
     "--destroy-on-device-error=context",  # the error reaches torch, as it would without the tool
@@ -127,4 +129,5 @@ def _main(text: str) -> None:
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung kernel must not outlive the tool that was killed
     _main(sys.argv[1])
