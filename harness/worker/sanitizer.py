@@ -78,7 +78,10 @@ def judge(order: Order, tool: str, limit_s: float) -> tuple[Verdict, str]:
         return verdict, f"{tool}: nothing ran"
     if not log.is_file():
         raise SanitizerError(f"{tool}: compute-sanitizer wrote no report: {output[-TAIL:].strip()}")
-    report = parse(log.read_text(errors="replace"), tool)
+    try:
+        report = parse(log.read_text(errors="replace"), tool)
+    except SanitizerError as error:
+        raise SanitizerError(f"{error}\nReport: {log}\nThe process said: {output[-TAIL:].strip()}") from error
     known = f", {report.benign} known ones of cub left out" if report.benign else ""
     return combined(verdict or _died(order, output), report), f"{tool}: {len(report.records)} errors{known}; {log}"
 
@@ -87,7 +90,11 @@ def command(order: Order, tool: str, log: str) -> list[str]:
     """The command line, its environment included."""
     options = [f"--tool={tool}", *COMMON, *(MEMCHECK if tool == "memcheck" else ()), f"--log-file={log}"]
     child = [sys.executable, "-m", "harness.worker.sanitizer", json.dumps(asdict(order))]
-    return ["env", *VARIABLES, find(), *options, *child]
+    program = find()
+    beside = Path(program).parent.parent / "lib"  # where the wheel for CUDA 12 has them, and does not look itself
+    if (beside / "libsanitizer-collection.so").is_file():
+        options.append(f"--injection-path={beside}")
+    return ["env", *VARIABLES, program, *options, *child]
 
 
 def combined(verdict: Verdict, report: Report) -> Verdict:
