@@ -5,7 +5,6 @@ The caching allocator is off and the buffers have no red zones: the tool must se
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from harness.case import Case
 from harness.device import environment
 from harness.pipeline import Options, run
 from harness.verdict import Finding, Stage, Status, Verdict
-from harness.worker.child import PR_SET_PDEATHSIG
 from harness.worker.sanitizer_report import Report, SanitizerError, parse
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -72,7 +71,7 @@ def judge(order: Order, tool: str, limit_s: float) -> tuple[Verdict, str]:
     if order.device.kind != "cuda":
         raise SanitizerError(f"compute-sanitizer looks at CUDA kernels; the device of this platform is {order.device.arch}")
     log, answer = Path(order.verdict).with_suffix(f".{tool}.txt"), Path(order.verdict)
-    output = _run(command(order, tool, str(log)), limit_s)
+    output = _run(command(order, tool, str(log)), limit_s, _pid_file(order.verdict))
     verdict = Verdict.from_json(json.loads(answer.read_text())) if answer.is_file() else None
     if verdict is not None and verdict.status.skipped:
         return verdict, f"{tool}: nothing ran"
@@ -107,7 +106,11 @@ def combined(verdict: Verdict, report: Report) -> Verdict:
     return replace(verdict, status=report.status, reason=reason, findings=findings, environment=facts)
 
 
-def _run(line: list[str], limit_s: float) -> str:
+def _pid_file(verdict: str) -> Path:
+    return Path(verdict).with_suffix(".pid")
+
+
+def _run(line: list[str], limit_s: float, target: Path) -> str:
     """What the command printed. SanitizerError if it takes too long: a slow tool is no hung kernel."""
     root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root, start_new_session=True)
@@ -115,6 +118,9 @@ def _run(line: list[str], limit_s: float) -> str:
         return process.communicate(timeout=limit_s)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        if target.is_file():  # a hung kernel must not outlive its tool, whose launcher may have moved it out of the group
+            with suppress(ProcessLookupError):
+                os.kill(int(target.read_text()), signal.SIGKILL)
         process.communicate()
         raise SanitizerError(f"no report within {limit_s:g} s: a tool slows a kernel down many times; raise --limit") from None
 
@@ -128,6 +134,7 @@ def _died(order: Order, output: str) -> Verdict:
 def _main(text: str) -> None:
     """The sanitized process: judges one case alone and writes its verdict."""
     given: dict[str, Any] = json.loads(text)
+    _pid_file(given["verdict"]).write_text(str(os.getpid()))
     device, plugins = Device(**given["device"]), tuple(given["plugins"])
     backend = discover(plugins)[given["subject"]]
     verdict = run(Case.parse(given["case"]), backend, device, options=Options(checks=0, zones=False))
@@ -136,5 +143,4 @@ def _main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung kernel must not outlive the tool that was killed
     _main(sys.argv[1])

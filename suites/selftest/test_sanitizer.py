@@ -282,6 +282,16 @@ def test_report_and_verdict_come_back_from_the_process(tmp_path: Path, monkeypat
     assert not [part for part in line if part.startswith("--injection-path")]
 
 
+def test_a_target_that_left_the_tools_group_is_killed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that never ends would keep the GPU."""
+    pid = tmp_path / "torch_grouped_mm.pid"
+    pretend(tmp_path, monkeypatch, f"setsid sleep 30 & echo $! > {pid}; wait")
+    with pytest.raises(SanitizerError, match="raise --limit"):
+        judge(order(tmp_path), "memcheck", 1)
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    assert not state.is_file() or ") Z " in state.read_text()
+
+
 def test_the_wheel_for_cuda_12_is_shown_its_own_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nvidia-cuda-sanitizer-api-cu12 12.9: `Unable to find injection library libsanitizer-collection.so`."""
     for name in ("bin", "lib"):
