@@ -60,7 +60,8 @@ class Entry:
         """The function's result; Violation if a tensor breaks the contract."""
         given = {**{a.name: value for a, value in zip(self.contract, args, strict=False)}, **named}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        refuse(tensors, self.contract, next(iter(tensors.values())).device.type)
+        if tensors:
+            refuse(tensors, self.contract, next(iter(tensors.values())).device.type)
         return self.function(*args, **named)
 
 
@@ -109,6 +110,10 @@ def violations(arguments: Mapping[str, Tensor], contract: Iterable[Argument], de
     written = set()
     for name, tensor in arguments.items():
         argument = wanted.get(name) or Argument(name, written=name == OUT)
+        if not isinstance(tensor, Tensor):
+            given = type(tensor).__name__
+            found.append(_finding(name, "type", given, "a tensor", f"{name} is {given}, wanted a tensor"))
+            continue
         if finding := _misplaced(argument, tensor, device, home) or _malformed(argument, tensor, sizes):
             found.append(finding)
             continue

@@ -22,7 +22,7 @@ class Status(StrEnum):
     CRASHED = "CRASHED"  # exception after saying yes, signal, abort, exit
     HUNG = "HUNG"  # did not answer within the time limit
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
-    CONTRACT = "CONTRACT"  # the library's signature or return value is not what the backend was written for
+    CONTRACT = "CONTRACT"  # signature, return value or an argument is not what the entry point was written for
     UNSUPPORTED = "UNSUPPORTED"  # refused in advance: this backend does not do this case
     UNAVAILABLE = "UNAVAILABLE"  # refused in advance: library or hardware is not here
     UNTRUSTED = "UNTRUSTED"  # nothing was really tested: a wrong kernel would have passed this case too

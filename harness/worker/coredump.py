@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +75,12 @@ def _dump(folder: Path, pid: int | str) -> Path:
     return folder.absolute() / f"gpu.{pid}.nvcudmp"
 
 
+def tidy(folder: Path) -> None:
+    """Remove the pipes that killed processes have left."""
+    for left in folder.glob(pipe(folder, "*").name):
+        left.unlink(missing_ok=True)
+
+
 def trigger(folder: Path, pid: int, limit_s: float) -> bool:
     """Ask a hung process for a dump; True once it is written. False at once if the process never initialised CUDA."""
     deadline = time.monotonic() + limit_s
@@ -116,8 +121,6 @@ def read(folder: Path, pid: int, log: str) -> Facts | None:
     """What the dump of that process says, else what its log says; None where neither says anything."""
     dump = _dump(folder, pid)
     path = str(dump) if _size(dump) else ""
-    with suppress(OSError):
-        pipe(folder, pid).unlink()
     if path and (said := _debugged(dump)) and (facts := parse_debugger(said, path)):
         return facts
     return parse_log(log, path) or (Facts("file", dump=path) if path else None)

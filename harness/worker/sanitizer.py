@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from harness.worker.sanitizer_report import Report, SanitizerError, parse
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Without its own allocator torch asks CUDA for each tensor, of exact size; a blocking launch names the right host line.
-VARIABLES = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_LAUNCH_BLOCKING=1")
+VARIABLES = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_LAUNCH_BLOCKING=1", "TORCHINDUCTOR_COMPILE_THREADS=1")
 COMMON = (
     "--target-processes=application-only",
     "--destroy-on-device-error=context",  # the error reaches torch, as it would without the tool
@@ -70,13 +71,16 @@ def judge(order: Order, tool: str, limit_s: float) -> tuple[Verdict, str]:
     if order.device.kind != "cuda":
         raise SanitizerError(f"compute-sanitizer looks at CUDA kernels; the device of this platform is {order.device.arch}")
     log, answer = Path(order.verdict).with_suffix(f".{tool}.txt"), Path(order.verdict)
-    output = _run(command(order, tool, str(log)), limit_s)
+    output = _run(command(order, tool, str(log)), limit_s, _pid_file(order.verdict))
     verdict = Verdict.from_json(json.loads(answer.read_text())) if answer.is_file() else None
     if verdict is not None and verdict.status.skipped:
         return verdict, f"{tool}: nothing ran"
     if not log.is_file():
         raise SanitizerError(f"{tool}: compute-sanitizer wrote no report: {output[-TAIL:].strip()}")
-    report = parse(log.read_text(errors="replace"), tool)
+    try:
+        report = parse(log.read_text(errors="replace"), tool)
+    except SanitizerError as error:
+        raise SanitizerError(f"{error}\nReport: {log}\nThe process said: {output[-TAIL:].strip()}") from error
     known = f", {report.benign} known ones of cub left out" if report.benign else ""
     return combined(verdict or _died(order, output), report), f"{tool}: {len(report.records)} errors{known}; {log}"
 
@@ -85,7 +89,11 @@ def command(order: Order, tool: str, log: str) -> list[str]:
     """The command line, its environment included."""
     options = [f"--tool={tool}", *COMMON, *(MEMCHECK if tool == "memcheck" else ()), f"--log-file={log}"]
     child = [sys.executable, "-m", "harness.worker.sanitizer", json.dumps(asdict(order))]
-    return ["env", *VARIABLES, find(), *options, *child]
+    program = find()
+    beside = Path(program).parent.parent / "lib"  # where the wheel for CUDA 12 has them, and does not look itself
+    if (beside / "libsanitizer-collection.so").is_file():
+        options.append(f"--injection-path={beside}")
+    return ["env", *VARIABLES, program, *options, *child]
 
 
 def combined(verdict: Verdict, report: Report) -> Verdict:
@@ -98,7 +106,11 @@ def combined(verdict: Verdict, report: Report) -> Verdict:
     return replace(verdict, status=report.status, reason=reason, findings=findings, environment=facts)
 
 
-def _run(line: list[str], limit_s: float) -> str:
+def _pid_file(verdict: str) -> Path:
+    return Path(verdict).with_suffix(".pid")
+
+
+def _run(line: list[str], limit_s: float, target: Path) -> str:
     """What the command printed. SanitizerError if it takes too long: a slow tool is no hung kernel."""
     root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root, start_new_session=True)
@@ -106,6 +118,9 @@ def _run(line: list[str], limit_s: float) -> str:
         return process.communicate(timeout=limit_s)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        if target.is_file():  # a hung kernel must not outlive its tool, whose launcher may have moved it out of the group
+            with suppress(ProcessLookupError):
+                os.kill(int(target.read_text()), signal.SIGKILL)
         process.communicate()
         raise SanitizerError(f"no report within {limit_s:g} s: a tool slows a kernel down many times; raise --limit") from None
 
@@ -119,6 +134,7 @@ def _died(order: Order, output: str) -> Verdict:
 def _main(text: str) -> None:
     """The sanitized process: judges one case alone and writes its verdict."""
     given: dict[str, Any] = json.loads(text)
+    _pid_file(given["verdict"]).write_text(str(os.getpid()))
     device, plugins = Device(**given["device"]), tuple(given["plugins"])
     backend = discover(plugins)[given["subject"]]
     verdict = run(Case.parse(given["case"]), backend, device, options=Options(checks=0, zones=False))

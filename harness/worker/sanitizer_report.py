@@ -32,6 +32,7 @@ REMARKS = (
     "Target application returned an error",
     "COMPUTE-SANITIZER",
     "LEAK SUMMARY",
+    "Tracking kernels launched by child",
 )
 TROUBLE = ("Error:", "Internal Sanitizer Error", "Fatal", "Internal error")  # the tool's own: nothing can be said
 HAZARD = re.compile(r"^(?:Error|ERROR|Warning|WARNING): (?=.*(?:Race reported|hazard detected))")

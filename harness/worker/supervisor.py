@@ -86,6 +86,7 @@ class Supervisor:
                 child.process.join(timeout=GRACE_S)
                 self._kill(child)
         self._spare = None
+        coredump.tidy(self._log.parent)
 
     @property
     def pid(self) -> int:

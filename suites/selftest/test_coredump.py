@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.backends.base import Device
+from harness.backends import load_file
+from harness.backends.base import CPU, Device
 from harness.case import Case
+from harness.pipeline import run
 from harness.verdict import Status
 from harness.worker import coredump
 from harness.worker.coredump import Facts, parse_debugger, parse_log, pipe, read, trigger, variables
@@ -171,6 +173,18 @@ def test_asking_nobody_costs_nothing(tmp_path: Path) -> None:
     assert not trigger(tmp_path, 7, 30)
     os.mkfifo(pipe(tmp_path, 8))
     assert not trigger(tmp_path, 8, 30)
+    coredump.tidy(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_planted_gpu_faults_are_unavailable_on_a_cpu() -> None:
+    file = Path(__file__).resolve().parents[2] / "examples" / "gpu_faults.py"
+    case = Case.parse("moe.bf16.t33.h512.i256.e5.k2.renormalize.swiglu.standard.real.s0")
+    backends = load_file(str(file)).BACKENDS
+    assert len(backends) == 7
+    for backend in backends:
+        verdict = run(case, backend, CPU)
+        assert (verdict.status, verdict.reason) == (Status.UNAVAILABLE, "plants faults on a GPU; this is cpu")
 
 
 PLUGIN = """

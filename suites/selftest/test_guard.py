@@ -38,6 +38,7 @@ VIOLATIONS: dict[str, tuple[Buffers, tuple[Argument, ...], str]] = {
     "shape": (given(), (Argument("x", shape=(4, 16)),), "x has shape (4, 8), wanted (4, 16)"),
     "strides": (given(x=torch.zeros(8, 4).T), (Argument("x", contiguous=True),), "x is not contiguous: strides (1, 4)"),
     "alignment": (given(x=misaligned()), (Argument("x", align=16),), "x is not aligned: it starts 4 bytes after a multiple"),
+    "type": (given(bias=None), (), "bias is NoneType, wanted a tensor"),  # type: ignore[arg-type]
     "missing": (given(), (Argument("scales"),), "scales is not among the arguments"),
 }
 

@@ -113,6 +113,7 @@ NO_GPU = """\
 ========= Error: process didn't terminate successfully
 =========     The application may have hit an error when dereferencing Unified Memory from the host.
 ========= Error: Target application terminated before first instrumented API call
+========= Tracking kernels launched by child processes requires the --target-processes all option
 """
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 CLEAN_RACE = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
@@ -278,6 +279,26 @@ def test_report_and_verdict_come_back_from_the_process(tmp_path: Path, monkeypat
     assert line[:3] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_LAUNCH_BLOCKING=1"]
     assert "--padding=4096" in line
     assert "--padding=4096" not in command(order(tmp_path), "racecheck", "/l")
+    assert not [part for part in line if part.startswith("--injection-path")]
+
+
+def test_a_target_that_left_the_tools_group_is_killed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that never ends would keep the GPU."""
+    pid = tmp_path / "torch_grouped_mm.pid"
+    pretend(tmp_path, monkeypatch, f"setsid sleep 30 & echo $! > {pid}; wait")
+    with pytest.raises(SanitizerError, match="raise --limit"):
+        judge(order(tmp_path), "memcheck", 1)
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    assert not state.is_file() or ") Z " in state.read_text()
+
+
+def test_the_wheel_for_cuda_12_is_shown_its_own_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-cuda-sanitizer-api-cu12 12.9: `Unable to find injection library libsanitizer-collection.so`."""
+    for name in ("bin", "lib"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lib" / "libsanitizer-collection.so").touch()
+    pretend(tmp_path / "bin", monkeypatch, "")
+    assert f"--injection-path={tmp_path}/lib" in command(order(tmp_path), "memcheck", "/l")
 
 
 def test_a_process_that_leaves_no_verdict_is_a_crash_with_the_tools_findings(
@@ -288,6 +309,13 @@ def test_a_process_that_leaves_no_verdict_is_a_crash_with_the_tools_findings(
     verdict, _ = judge(order(tmp_path), "memcheck", 20)
     assert verdict.status is Status.CRASHED
     assert "Segmentation fault" in verdict.findings[0].evidence["output"]
+
+
+def test_what_the_process_said_is_told_with_a_report_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report").write_text(NO_GPU)
+    pretend(tmp_path, monkeypatch, f"echo RuntimeError: no NVIDIA driver; cp {tmp_path}/report $log; exit 255")
+    with pytest.raises(SanitizerError, match=r"first instrumented API call\n(.|\n)*no NVIDIA driver"):
+        judge(order(tmp_path), "memcheck", 20)
 
 
 @pytest.mark.parametrize(("script", "says"), [("echo no; exit 127", "wrote no report: no"), ("exec sleep 30", "raise --limit")])
