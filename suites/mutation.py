@@ -3,7 +3,7 @@
     python suites/mutation.py --sample 300 --seed 1 [--only 'formats/*'] [--workers 2] [--seconds 600]
 
 Everything but the repository's own modules is imported once and a child forked per mutant, which so costs its tests and not
-the imports. A failure, a crash or more than LIMIT_S kills it. Left alone: the examples beside a format, which are tests
+the imports. A failure, a crash or more than LIMIT_S of CPU kills it. Left alone: the examples beside a format, which are tests
 (`Golden`); error texts; zip's `strict`, a check of our own code that changes no result.
 """
 
@@ -124,7 +124,9 @@ def start(tree: Path, tests: str, first: bool = False) -> int:
         return pid
     code = 99
     try:
-        signal.alarm(LIMIT_S * (10 if first else 1))
+        limit = LIMIT_S * (10 if first else 1)  # of the child's own CPU, which neighbours on the machine do not use up
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        signal.alarm(20 * limit)  # one that sleeps
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
         sys.dont_write_bytecode = not first
         sys.path = [str(tree), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "suites"))]

@@ -28,7 +28,7 @@ def legal(rule: Rule, logits: Tensor, bias: Tensor | None, ids: Tensor, delta: f
 
 
 def _same(delta: float, selection: Tensor) -> Tensor:
-    return torch.full_like(selection[:, 0], delta)
+    return selection.new_full((len(selection),), delta)
 
 
 def _in_best_groups(rule: Rule, selection: Tensor, chosen: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
