@@ -88,6 +88,13 @@ def test_by_default_it_compiles_and_one_graph_serves_every_shape(monkeypatch: py
     assert max(graphs) < 4  # none compiled after the first shape
 
 
+def test_tables_have_an_entry_a_code() -> None:
+    inputs = make_inputs(Case.parse("moe.nvfp4.t5.h64.i64.e6.k2.renormalize.swiglu.standard.real.s1"))
+    w = stack([inputs.down(e) for e in range(6)])
+    assert w.scale_table is not None
+    assert (w.table.shape, w.scale_table.shape, w.divisor.shape, w.block) == ((16,), (256,), (6,), 16)
+
+
 def test_a_product_by_hand() -> None:
     """Two experts of one row: codes 2 and 5 of E2M1 are 1 and 3, the block scales 2 and 4, the global scale 8."""
     codes = torch.tensor([[[2] * 16 + [5] * 16], [[5] * 16 + [2] * 16]], dtype=torch.uint8)
