@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,14 @@ def test_exact_activations_are_the_identity_where_they_saturate(activation: Acti
     gate = torch.tensor([0.0, SATURATED, 2 * SATURATED, 4 * SATURATED])
     saturated = torch.equal(activation.scalar(gate), gate) and torch.equal(activation.linear(gate), gate)
     assert saturated == activation.exact
+
+
+def test_the_saturated_gate_is_the_least_power_of_two_that_loses_nothing() -> None:
+    """Another factor would cost significant bits, a larger power of two range."""
+    silu = ACTIVATIONS["silu"].scalar
+    assert math.frexp(SATURATED)[0] == 0.5
+    assert silu(torch.tensor(SATURATED)) == SATURATED
+    assert silu(torch.tensor(SATURATED / 2)) < SATURATED / 2
 
 
 @each
