@@ -61,7 +61,7 @@ def exact_in_any_order(a: Tensor, b: Tensor, accumulator: Accumulator) -> bool:
 
 def lowest_bit(x: Tensor) -> Tensor:
     """[rows, 1] float64: the largest power of two that divides every entry of the row of x [rows, K]; 1 for a row of zeros."""
-    mantissa = x.view(torch.int64) & ((1 << 52) - 1) | (1 << 52)
+    mantissa = x.view(torch.int64) | -1 << 52  # and all bits above it, the lowest being the implicit one
     unit = binade(x) * (mantissa & -mantissa).double() * 2.0**-52
     least = torch.where(x == 0, torch.inf, unit).amin(-1, keepdim=True)
     return torch.where(least.isinf(), 1.0, least)
@@ -73,7 +73,9 @@ def _bounded(a: Tensor, b: Tensor, accumulator: Accumulator) -> bool:
     of_a = lowest_bit(a)
     low, high = b.aminmax()
     bound = float((a.abs() / of_a).sum(-1).max() * torch.maximum(-low, high))
-    unit = 2.0 ** math.ceil(math.log2(bound / accumulator.units)) if 0 < bound < torch.inf else 1.0
+    if not 0 < bound < torch.inf:
+        return False
+    unit = 2.0 ** math.ceil(math.log2(bound / accumulator.units))
     whole = torch.equal((b + 1.5 * 2**52 * unit).sub_(1.5 * 2**52 * unit), b)
     return whole and float(of_a.max()) * bound <= accumulator.largest and float(of_a.min()) * unit >= accumulator.least
 

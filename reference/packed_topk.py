@@ -20,8 +20,8 @@ def encode(ids: Tensor, weights: Tensor, dtype: torch.dtype = torch.bfloat16) ->
 
 def decode(packed: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """(ids int64, weights of `dtype`) of packed int32: the id keeps its sign, so -1 comes back as -1."""
-    low = packed.long() & LOW
-    return packed.long() >> 16, torch.where(low < 1 << 15, low, low - (1 << 16)).to(torch.int16).view(dtype)
+    signed = packed.long() << 48 >> 48  # the lower half's sign spread over the rest
+    return packed.long() >> 16, signed.to(torch.int16).view(dtype)
 
 
 def encode_sign_extended(ids: Tensor, weights: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -40,12 +40,12 @@ def floor_of_amax(element_exponent: int, mantissa_bits: int | None = None) -> Sc
 
 
 def ceil_of_amax(element_exponent: int) -> Scale:
-    """ceil(log2 amax) - element_exponent, clamped to bytes 0..255 (255 only from inf); NaN -> 255."""
+    """ceil(log2 amax) - element_exponent, at least byte 0; inf counts as 2**128, NaN -> 255."""
 
     def scale(amax: Tensor, gs: Tensor | None) -> Tensor:
         bits = amax.view(torch.int32)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
-        return torch.where(amax.isnan(), 255, (exponent - element_exponent).clamp(0, 255))
+        return torch.where(amax.isnan(), 255, (exponent - element_exponent).clamp(min=0))
 
     return scale
 
@@ -61,13 +61,8 @@ def down_by_bits(limit: float) -> Scale:
 
 
 def deepgemm(limit: float) -> Scale:
-    """ceil_e8m0(max(amax, 1e-4) / limit), the byte kept within 1..254."""
-
-    def scale(amax: Tensor, gs: Tensor | None) -> Tensor:
-        bits = (amax.clamp(min=1e-4) / limit).view(torch.int32)
-        return ((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)).clamp(1, 254)
-
-    return scale
+    """ceil_e8m0(max(amax, 1e-4) / limit), a byte of 254 at most."""
+    return lambda amax, gs: ceil_power(amax.clamp(min=1e-4) / limit).view(torch.int32) >> 23
 
 
 def times_inverse(zero: float | None = None, ftz: bool = False) -> Scaled:
@@ -83,7 +78,7 @@ def times_inverse(zero: float | None = None, ftz: bool = False) -> Scaled:
 
 
 def ceil_power(x: Tensor) -> Tensor:
-    """float32 x > 0 rounded up to a power of two, the exponent kept within that of a normal float32 (DeepGEMM)."""
+    """Normal positive float32 x rounded up to a power of two, 2**127 at most (DeepGEMM; its clamp from below never acts)."""
     bits = x.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
-    return (exponent.clamp(1, 254) << 23).view(torch.float32)
+    return (exponent.clamp(max=254) << 23).view(torch.float32)

@@ -35,7 +35,7 @@ def encode_with_zero_points(fmt: Format, x: Tensor, global_scale: Tensor | None,
     high = numbers.amax(dim=3, keepdim=True).clamp(min=0)
     low = numbers.amin(dim=3, keepdim=True).clamp(max=0)
     scale = (high - low).clamp(min=AWQ_RANGE if awq else 0.0) / LEVELS
-    zero = ((-low / scale).round() - 8 if awq else -8 - low / scale).nan_to_num(0.0).round().clamp(-8, 7)
+    zero = ((-low / scale).round() - 8 if awq else -8 - low / scale).nan_to_num(0.0).round().clamp(max=7)  # not lower: min <= 0
     scale = torch.where(scale == 0, EPSILON, scale)
     codes = ((blocks / scale).round() + zero if awq else blocks / scale + zero).round()
     shape = (x.shape[0], x.shape[1])

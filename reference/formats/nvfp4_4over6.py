@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ class FourOverSix:
         """The encoder, some rows at a time on a CPU: forty passes over what stays in the cache."""
         assert fmt.scaling is not None
         assert global_scale is not None
-        gs, rows = global_scale.reshape(-1, 1, 1, 1), CACHED // max(1, x.shape[1]) if x.device.type == "cpu" else len(x)
-        parts = [self._encode(to_blocks(flush(part.float()), fmt.scaling.group), gs) for part in x.split(max(1, rows))]
+        gs, pieces = global_scale.reshape(-1, 1, 1, 1), 1 + x.numel() // CACHED if x.device.type == "cpu" else 1
+        parts = [self._encode(to_blocks(flush(part.float()), fmt.scaling.group), gs) for part in x.chunk(pieces)]
         codes, scales = (torch.cat(sides) for sides in zip(*parts, strict=True))
         return Quantized(fmt, from_blocks(codes, (x.shape[0], x.shape[1])), scales.flatten(2).squeeze(1), global_scale)
 
@@ -69,11 +70,8 @@ class FourOverSix:
 
     def _sum(self, error: Tensor) -> Tensor:
         """Float32 sums in the kernel's order: element after element within a thread, then the threads."""
-        threads = error.unflatten(3, (self.lanes, -1))
-        total = torch.zeros_like(threads[..., 0])
-        for i in range(threads.shape[4]):
-            total = total + threads[..., i]
-        return total[..., :1] if self.lanes == 1 else total[..., :1] + total[..., 1:]
+        threads = reduce(torch.add, error.unflatten(3, (self.lanes, -1)).unbind(4))
+        return reduce(torch.add, threads.split(1, 3))
 
 
 _FIVES = (5.0,) * 15 + (6.0,)

@@ -11,7 +11,7 @@ from reference.layout import tiled, twiddled
 from reference.layouts.sm90_weight_int4 import MULTIPLE, TILING
 
 SOURCE = "FlashInfer interleave_moe_weights_for_sm90_mixed_gemm, quant_type fp4_fp8"
-SIGNS = {4 * code + 3: 8 * (code % 4) + (7 if code < 4 else 3) for code in range(8)}
+SIGNS = {3: 7, 7: 15, 11: 23, 15: 31, 19: 3, 23: 11, 27: 19, 31: 27}
 BITS = tuple(SIGNS.get(bit, bit) for bit in range(32))
 
 LAYOUTS = (twiddled(tiled("", TILING, SOURCE, multiple=MULTIPLE), "sm90_weight_fp4_fp8", BITS),)

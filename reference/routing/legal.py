@@ -28,7 +28,7 @@ def legal(rule: Rule, logits: Tensor, bias: Tensor | None, ids: Tensor, delta: f
 
 
 def _same(delta: float, selection: Tensor) -> Tensor:
-    return torch.full_like(selection[:, 0], delta)
+    return selection.new_full((len(selection),), delta)
 
 
 def _in_best_groups(rule: Rule, selection: Tensor, chosen: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _in_best_groups(rule: Rule, selection: Tensor, chosen: Tensor, slack: Tensor
     touched = chosen.unflatten(-1, (total, -1)).any(-1)
     held = must | touched
     best = selection.unflatten(-1, (total, -1)).amax(-1).masked_fill(held | ~may, torch.inf)
-    order = best.argsort(dim=-1, stable=True)
+    order = best.argsort(dim=-1)
     rank = torch.empty_like(order).scatter(-1, order, torch.arange(total, device=order.device).expand_as(order))
     filled = held | (may & (rank < kept - held.sum(-1, keepdim=True)))
     return keep_groups(selection, filled), (touched <= may).all(-1) & (held.sum(-1) <= kept)

@@ -85,7 +85,7 @@ class Rule:
         of -inf would let masked experts win whenever all biased scores are negative."""
         total, kept = self.groups
         if total == 1:
-            return selection, torch.full_like(selection[:, 0], torch.inf)
+            return selection, selection.new_full((len(selection),), torch.inf)
         ids, margin = select(self.group_scores(selection), kept)
         keep = torch.zeros(len(selection), total, dtype=torch.bool, device=selection.device).scatter(-1, ids, True)
         return keep_groups(selection, keep), margin
@@ -113,7 +113,7 @@ def select(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     order = scores.argsort(dim=-1, descending=True, stable=True)
     ids = order[:, :top_k]
     if top_k == scores.shape[-1]:
-        return ids, torch.full_like(scores[:, 0], torch.inf)
+        return ids, scores.new_full((len(scores),), torch.inf)
     last, first = scores.gather(-1, order[:, top_k - 1 : top_k + 1]).unbind(-1)
     return ids, _gap(last, first)
 

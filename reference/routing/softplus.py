@@ -31,7 +31,7 @@ def hash_topk(logits: Tensor, token_ids: Tensor, table: Tensor, scale: float = 1
     and appends shared experts with 1 / scale; DeepSeek's own code and vLLM scale the weights."""
     ids = table[token_ids].long()
     weights = normalized_positive(sqrt_softplus(logits.double()).gather(-1, ids)) * scale
-    return Routing(ids, weights, torch.full_like(weights[:, 0], torch.inf))
+    return Routing(ids, weights, weights.new_full((len(weights),), torch.inf))
 
 
 SOFTPLUS = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,14 @@ def test_exact_activations_are_the_identity_where_they_saturate(activation: Acti
     gate = torch.tensor([0.0, SATURATED, 2 * SATURATED, 4 * SATURATED])
     saturated = torch.equal(activation.scalar(gate), gate) and torch.equal(activation.linear(gate), gate)
     assert saturated == activation.exact
+
+
+def test_the_saturated_gate_is_the_least_power_of_two_that_loses_nothing() -> None:
+    """Another factor would cost significant bits, a larger power of two range."""
+    silu = ACTIVATIONS["silu"].scalar
+    assert math.frexp(SATURATED)[0] == 0.5
+    assert silu(torch.tensor(SATURATED)) == SATURATED
+    assert silu(torch.tensor(SATURATED / 2)) < SATURATED / 2
 
 
 @each
@@ -172,7 +182,8 @@ def test_every_library_lays_its_halves_out_in_a_known_order() -> None:
     for library, half in LIBRARY_ORDERS.items():
         assert half.order in HALF_ORDERS, library
         assert half.source
-        assert half.block in (None, 8, 32, 64)
+    blocks = {library: half.block for library, half in LIBRARY_ORDERS.items() if half.block is not None}
+    assert blocks == {"flashinfer.cute_dsl_nvfp4": 64, "flashinfer.cute_dsl_sm90": 32, "flashinfer.alphamoe": 8}
     assert LIBRARY_ORDERS["flashinfer.trtllm"].order == LIBRARY_ORDERS["flashinfer.cutlass"].order == "up_gate"
     assert LIBRARY_ORDERS["vllm"].order == LIBRARY_ORDERS["flashinfer.silu_and_mul"].order == "gate_up"
     assert LIBRARY_ORDERS["triton_kernels"].order == LIBRARY_ORDERS["vllm.swigluoai"].order == "interleaved"
@@ -183,8 +194,8 @@ def test_every_library_lays_its_halves_out_in_a_known_order() -> None:
 def test_split_inverts_join(order: str, dim: int) -> None:
     gate, up = torch.arange(12).view(3, 4), torch.arange(100, 112).view(3, 4)
     both = join_halves(gate, up, order, dim)
-    for split_dim in (dim, dim - 2):
-        got_gate, got_up = split_halves(both, order, split_dim)
+    for dims in ((dim,), (dim - 2,), () if dim == 1 else (dim,)):  # the last by default
+        got_gate, got_up = split_halves(both, order, *dims)
         assert torch.equal(got_gate, gate)
         assert torch.equal(got_up, up)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import expect, layer_experts
-from reference.activation import ACTIVATIONS
+from reference.activation import ACTIVATIONS, Activation
 from reference.bounds import (
     accumulation_variance,
     finalize_variance,
@@ -119,6 +119,15 @@ def test_a_gate_that_comes_back_unchanged_costs_what_the_activation_did() -> Non
     slope = {3.5: 1.00282, 2.5: 1.03761}  # d gelu: Phi(g) + g phi(g)
     assert variance(3.5) == pytest.approx(slope[3.5] ** 2 * ONE + (3.5 * 2.32629e-4) ** 2, rel=1e-3)
     assert variance(2.5) == pytest.approx(slope[2.5] ** 2 * ONE + ONE, rel=1e-3)
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.45, (0.45 * 2.0**-6) ** 2), (0.55, ONE)])
+def test_a_gate_comes_back_unchanged_up_to_half_a_spacing(share: float, wanted: float) -> None:
+    identity = torch.eye(1, dtype=torch.float64)
+    shifted = Activation("shifted", False, False, lambda g: g - share * 2.0**-6, lambda u: u)
+    weights, rounding = ExpertWeights(identity, None, identity), Rounding(gate_up="bf16", middle="bf16")
+    variance = middle_variance(forward(3 * identity, weights, shifted), weights, shifted, rounding)
+    assert variance.item() == pytest.approx(ONE + wanted, rel=1e-3)
 
 
 def test_variance_of_a_rounding_is_a_twelfth_of_the_squared_spacing() -> None:

@@ -14,12 +14,29 @@ from harness.case import Case
 from harness.checks import untrusted
 from harness.inputs import make_inputs
 from harness.oracle import expect
+from reference import exactness
 from reference.exactness import ACCUMULATORS, Accumulator, exact_in_any_order, lowest_bit
 from reference.rounding import Rounding
 
 MMA_K = 32  # terms of one FP8 wgmma
 KEPT = 13  # mantissa bits of FP22
 ORDERS = 20
+RANGES = {  # largest exact integer, terms a slab: goldens that share no constant with the accumulators
+    "fp32": (16777216, None),
+    "fp16": (2048, None),
+    "int32": (2147483647, None),
+    "hopper_fp8": (8192, 128),
+    "hopper_fp8_fast": (8192, None),
+}
+
+
+@pytest.fixture(params=["shortcut", "gemm"])
+def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two forms of the condition: the other one may not be asked, or knows nothing."""
+    if request.param == "shortcut":
+        monkeypatch.delattr(exactness, "_fits")
+    else:
+        monkeypatch.setattr(exactness, "_bounded", lambda *_: False)
 
 
 def f64(*rows: list[float]) -> Tensor:
@@ -79,6 +96,11 @@ def test_the_bound_itself_is_inside_and_one_unit_more_is_outside(name: str) -> N
     assert not exact_in_any_order(f64([top, -1]), b, accumulator)  # cancels, but not in every order
 
 
+@pytest.mark.parametrize("name", ACCUMULATORS)
+def test_the_exact_ranges_are_the_stated_numbers(name: str) -> None:
+    assert (ACCUMULATORS[name].units, ACCUMULATORS[name].slab) == RANGES[name]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_inside_the_bound_every_order_in_fp32_gives_the_exact_sum(seed: int) -> None:
     a, b = integers(2**24, 64, seed)
@@ -91,6 +113,8 @@ def test_just_outside_the_bound_orders_in_fp32_differ() -> None:
     a, b = f64([2**24, 1, 1, 1, 1]), f64([1, 1, 1, 1, 1])
     assert not exact_in_any_order(a, b, ACCUMULATORS["fp32"])
     assert len({fp32_sum(p) for p in orders((a * b)[0])}) > 1
+    for power in (-30, 30):
+        assert not exact_in_any_order(f64([1, 1]), f64([2**24 - 1, 0.5]) * 2.0**power, ACCUMULATORS["fp32"])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -130,9 +154,11 @@ def test_slabs_that_fit_may_still_exceed_what_they_are_promoted_to() -> None:
 
 def test_the_unit_is_each_rows_own() -> None:
     """Scales that are powers of two, per token or per channel, do not matter; a finer last bit does."""
-    a, b = integers(2**24, 64, 1)
+    a, b = integers(2**13, 64, 1)
     tokens = f64([1], [2.0**-60], [2.0**40])
-    assert exact_in_any_order(a * tokens, b * 2.0**-9 * tokens, ACCUMULATORS["fp32"])
+    for name in ("fp32", "int32", "hopper_fp8", "hopper_fp8_fast"):
+        assert exact_in_any_order(a * tokens, b * 2.0**-9 * tokens, ACCUMULATORS[name])
+    a, b = integers(2**24, 64, 1)
     a[0, 5] += 0.5
     assert not exact_in_any_order(a * tokens, b, ACCUMULATORS["fp32"])
 
@@ -141,14 +167,31 @@ def test_half_precision_has_a_largest_value_and_a_smallest_unit() -> None:
     fp16 = ACCUMULATORS["fp16"]
     assert exact_in_any_order(f64([1000.0, 1.0]), f64([1.0, 1.0]), fp16)
     assert not exact_in_any_order(f64([2.0**17]), f64([1.0]), fp16)
+    assert not exact_in_any_order(f64([2.0**14]), f64([8.0]), fp16)
     assert exact_in_any_order(f64([2.0**-24]), f64([1.0]), fp16)
     assert not exact_in_any_order(f64([2.0**-25]), f64([1.0]), fp16)
+    assert exact_in_any_order(f64([2.0**-25, 0.0]), f64([0.0, 1.0]), fp16)  # a product of 0 has no unit
 
 
-def test_what_is_not_a_number_is_not_exact() -> None:
-    for value in (math.nan, math.inf):
-        assert not exact_in_any_order(f64([value, 1.0]), f64([1.0, 1.0]), ACCUMULATORS["fp32"])
-        assert not exact_in_any_order(f64([1.0, 1.0]), f64([value, 1.0]), ACCUMULATORS["fp32"])
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_both_forms_reach_the_ends_of_the_range(sign: float) -> None:
+    """65504 = 2047 * 32 is the largest of fp16, 2**-24 its smallest unit, 2**24 units that of fp32."""
+    fp16, fp32 = ACCUMULATORS["fp16"], ACCUMULATORS["fp32"]
+    assert exact_in_any_order(f64([2047.0, 0.0]), sign * f64([32.0, -32.0]), fp16)
+    assert exact_in_any_order(f64([2047 * 2.0**-14]), sign * f64([2.0**-10]), fp16)
+    for power in (-30, 3):
+        b = sign * f64([2.0**24 - 1, 2.0**23 + 1]) * 2.0**power
+        assert exact_in_any_order(f64([1.0, 0.0]), b[:, :1].expand(1, 2), fp32)
+        assert exact_in_any_order(f64([1.0, 0.0]), b, fp32)
+    assert exact_in_any_order(f64([4.0, 0.0], [0.0, 12.0]), sign * f64([5.0, 7.0]), fp32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ACCUMULATORS)
+def test_what_is_not_a_number_is_not_exact(name: str, value: float) -> None:
+    assert not exact_in_any_order(f64([value, 1.0]), f64([1.0, 1.0]), ACCUMULATORS[name])
+    assert not exact_in_any_order(f64([1.0, 1.0]), f64([value, 1.0]), ACCUMULATORS[name])
 
 
 def test_nothing_to_sum_is_exact() -> None:
@@ -157,8 +200,8 @@ def test_nothing_to_sum_is_exact() -> None:
 
 
 def test_lowest_bit() -> None:
-    x = f64([12.0, -20.0], [0.0, -0.0], [0.375, 1.0], [-3.0, 2.0**-40])
-    assert lowest_bit(x).flatten().tolist() == [4.0, 1.0, 0.125, 2.0**-40]
+    x = f64([12.0, -20.0], [0.0, -0.0], [0.375, 1.0], [-3.0, 2.0**-40], [1 + 2.0**-52, -1.0])
+    assert lowest_bit(x).flatten().tolist() == [4.0, 1.0, 0.125, 2.0**-40, 2.0**-52]
 
 
 entries = st.integers(-40, 40).map(float)

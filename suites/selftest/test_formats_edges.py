@@ -90,6 +90,29 @@ def test_zero_points_are_added_before_or_after_rounding() -> None:
     assert encode("int4_g32_zp", values) == ([8, 7, 0x10 - 6], [1.0])
 
 
+def test_a_quotient_of_subnormals_clamps_the_zero_point() -> None:
+    """-22 ulp / 15 rounds to a scale of 1 ulp, so min / s is -22; -7 ulp / 15 to 0, so it is infinite. 7 is the last code."""
+    ulp = 2.0**-149
+    assert encode("int4_g32_zp", [-22 * ulp, -8 * ulp, 0.0]) == ([8, 0xF, 7], [ulp])
+    q = get("int4_g32_zp").encode(torch.tensor([[-7 * ulp, 0.0]]))
+    assert q.zeros is not None
+    assert (q.zeros.tolist(), q.codes.tolist()) == ([[7]], [[7, 7]])
+
+
+@pytest.mark.parametrize(("sign", "zero"), [(1.0, 8), (-1.0, 7)])
+def test_a_block_on_one_side_of_zero_holds_zero(sign: float, zero: int) -> None:
+    """All 32 columns are given: padding, which is 0, would hide a range that starts at the smallest value."""
+    q = get("int4_g32_zp").encode(torch.linspace(0.25, 0.5, 32)[None] * sign)
+    assert q.scales is not None
+    assert q.zeros is not None
+    assert (q.scales.item(), q.zeros.item()) == (pytest.approx(0.5 / 15), zero)
+
+
+def test_an_infinite_maximum_flushes_the_reciprocal() -> None:
+    """2**-127 is subnormal: 0, and 0 times infinity is NaN, which fmax turns into +448."""
+    assert encode("mxfp8", [-torch.inf, -1.0, torch.inf]) == ([0x7E, 0x80, 0x7E], [254])
+
+
 def test_zero_points_decode_to_the_values() -> None:
     fmt, x = get("int4_g32_zp"), torch.tensor([[-1.0, 14.0, 2.0, 0.0]])
     assert fmt.decode(fmt.encode(x)).tolist() == x.tolist()

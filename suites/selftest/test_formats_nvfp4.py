@@ -151,6 +151,13 @@ def test_four_over_six_does_not_choose_four_on_equal_errors() -> None:
     assert (q.codes[0, 15].item(), q.scales.item()) == (7, 0x70)
 
 
+@pytest.mark.parametrize("name", ["nvfp4_4over6", "nvfp4_4over6_256"])
+@pytest.mark.parametrize(("rule", "code"), [("", 0), (":mse", 0), (":one_thread", 0), (":fast", 7), (":fast_mse", 7)])
+def test_a_zero_times_an_infinite_reciprocal_is_nan_in_the_fast_rules_only(name: str, rule: str, code: int) -> None:
+    x = torch.tensor([[1e-6, -1e-6] + [0.0] * 14])
+    assert get(name + rule).encode(x, torch.tensor(1.0)).codes.tolist() == [[7, 15] + [code] * 14]
+
+
 @pytest.mark.parametrize("cached", [1, 100, 10**9])
 def test_four_over_six_is_the_same_however_many_rows_at_a_time(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, scale = noise(13, 72), torch.tensor(300.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +61,38 @@ def test_compiled_it_is_the_same(compiler: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(reference.fused, "_compiled", lambda device: product)
     case = Case.parse("moe.nvfp4.t5.h64.i64.e6.k2.renormalize.swiglu.standard.real.s1")
     assert error(case, compiled=True) < 1e-12
+
+
+def test_by_default_it_compiles_and_one_graph_serves_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static shapes would compile, 20 seconds each, for every case of a run."""
+    graphs, runs, original = list[int](), list[int](), torch.compile
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(len(runs))
+
+        def ran(*values: object) -> object:
+            runs.append(1)
+            return graph.forward(*values)
+
+        return ran
+
+    monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
+    reference.fused._compiled.cache_clear()
+    for shape in ("t5.h64.i96.e6.k2", "t9.h128.i192.e5.k3", "t3.h192.i64.e7.k2"):
+        inputs = make_inputs(Case.parse(f"moe.nvfp4.{shape}.renormalize.swiglu.standard.real.s1"))
+        weights = stacked(inputs)
+        reference.fused.moe(inputs.x, inputs.routing, weights, ACTIVATIONS["swiglu"])
+        matvec(weights[0], torch.zeros(2, dtype=torch.int64), inputs.x[:2].double())
+    reference.fused._compiled.cache_clear()
+    assert len(runs) == 3 * 4
+    assert max(graphs) < 4  # none compiled after the first shape
+
+
+def test_tables_have_an_entry_a_code() -> None:
+    inputs = make_inputs(Case.parse("moe.nvfp4.t5.h64.i64.e6.k2.renormalize.swiglu.standard.real.s1"))
+    w = stack([inputs.down(e) for e in range(6)])
+    assert w.scale_table is not None
+    assert (w.table.shape, w.scale_table.shape, w.divisor.shape, w.block) == ((16,), (256,), (6,), 16)
 
 
 def test_a_product_by_hand() -> None:
