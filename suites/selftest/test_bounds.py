@@ -18,7 +18,7 @@ from reference.bounds import (
     accumulation_variance,
     finalize_variance,
     independent_errors,
-    middle_variance,
+    middle_error,
     rounding_variance,
     row_variance,
 )
@@ -114,7 +114,7 @@ def test_a_gate_that_comes_back_unchanged_costs_what_the_activation_did() -> Non
     rounding = Rounding(gate_up="bf16", middle="bf16")
 
     def variance(gate: float) -> float:
-        return float(middle_variance(forward(gate * identity, weights, gelu), weights, gelu, rounding))
+        return float(middle_error(forward(gate * identity, weights, gelu), weights, gelu, rounding).variance)
 
     slope = {3.5: 1.00282, 2.5: 1.03761}  # d gelu: Phi(g) + g phi(g)
     assert variance(3.5) == pytest.approx(slope[3.5] ** 2 * ONE + (3.5 * 2.32629e-4) ** 2, rel=1e-3)
@@ -162,7 +162,7 @@ def test_variance_without_declared_roundings_is_that_of_fp32() -> None:
     rounding = 2.0**-46 * 3 / (8 * math.log(2)) / 12 / 2
     wanted = 25 * (36 * rounding + 36 * 2.0**-44) + 900 * rounding
     done = forward(x, weights, identity)
-    variance = row_variance(done, weights, middle_variance(done, weights, identity, Rounding()), Rounding())
+    variance = row_variance(done, weights, middle_error(done, weights, identity, Rounding()), Rounding())
     assert variance.item() == pytest.approx(wanted, rel=1e-3, abs=0)
 
 
