@@ -29,8 +29,8 @@ from harness.case import FILLS, SKEWS, Case, Recipe, Shape
 from harness.checks import untrusted
 from harness.compare import MEAN_Z2_SLACK, compare
 from harness.device import detect
-from harness.errors import UnknownName
 from harness.emulate import emulate
+from harness.errors import UnknownName
 from harness.inputs import make_inputs
 from harness.oracle import expect
 from harness.pipeline import Options, run
