@@ -30,6 +30,7 @@ from harness.checks import untrusted
 from harness.compare import MEAN_Z2_SLACK, compare
 from harness.device import detect
 from harness.emulate import emulate
+from harness.errors import UnknownName
 from harness.inputs import make_inputs
 from harness.oracle import expect
 from harness.pipeline import Options, run
@@ -194,10 +195,12 @@ def possible(subject: Subject) -> bool:
     return any(case.problem() is None for case in cases)
 
 
-def calibrate(verdicts: int, seed: int, backends: bool = True, device: Device = CPU) -> dict[str, Tally]:
-    """Judge right kernels `verdicts` times, the subjects in turn, and say what happens meanwhile."""
-    rng, everybody = random.Random(seed), list(subjects(backends, device))
+def calibrate(verdicts: int, seed: int, backends: bool = True, device: Device = CPU, only: str = "") -> dict[str, Tally]:
+    """Judge right kernels `verdicts` times, the subjects whose name holds `only` in turn, and say what happens meanwhile."""
+    rng, everybody = random.Random(seed), [s for s in subjects(backends, device) if only in s.name]
     able = [s for s in everybody if possible(s)]
+    if not able:
+        raise UnknownName("subject", only, [s.name for s in subjects(backends, device)])
     if skipped := sorted({s.name.rstrip("?") for s in everybody if s not in able}):
         console.print(f"no case takes these yet: {', '.join(skipped)}")
     tallies = {subject.name: Tally(subject.tight) for subject in able}
@@ -237,11 +240,12 @@ def main(
     verdicts: Annotated[int, typer.Option(help="How many right kernels to judge.")] = 2000,
     seed: Annotated[int, typer.Option(help="Decides every case and every order of summation.")] = 0,
     backends: Annotated[bool, typer.Option(help="Also judge the backends that run on this device.")] = True,
+    recipe: Annotated[str, typer.Option(help="Only subjects with this in their name.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Exit 1 if a right kernel raised an alarm, or a subject's mean of z**2 is off."""
     torch.set_num_threads(1)
-    tallies = calibrate(verdicts, seed, backends, detect())
+    tallies = calibrate(verdicts, seed, backends, detect(), recipe)
     console.print(table(tallies))
     off = [name for name, tally in tallies.items() if tally.off]
     console.print(f"{sum(t.verdicts for t in tallies.values())} verdicts, {_alarms(tallies)} alarms; mean z^2 off: {off}")

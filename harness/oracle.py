@@ -15,7 +15,7 @@ from harness.mistakes import guarding
 from harness.ratio import Baseline, assumed_rounding
 from harness.whatif import Bystander, Layer, Loader, spread
 from reference.activation import ACTIVATIONS
-from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
+from reference.bounds import finalize_variance, independent_errors, middle_error, row_variance
 from reference.exactness import ACCUMULATORS, exact_in_any_order
 from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.moe import Experts, finalize, passes
@@ -79,9 +79,9 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
     for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, ideal):
         rows.row[mine] = done.row
-        middle = middle_variance(done, weights, activation, rounding)
+        middle = middle_error(done, weights, activation, rounding)
         rows.variance[mine] = row_variance(done, weights, middle, rounding)
-        rows.moments[mine] = torch.stack((middle.sum(-1), middle.square().sum(-1)), dim=-1)
+        rows.moments[mine] = middle.moments
         if rows.baseline is not None:
             rows.baseline[mine] = forward(done.x, weights, activation, rounding).row
         if impostors:

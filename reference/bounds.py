@@ -1,22 +1,46 @@
 """A priori error: the variance of a right implementation's output, element by element, from its rounding points.
 
 A rounding to a grid with spacing u adds an independent error of variance u**2 / 12. Errors of gate and up pass through
-the activation's partial derivatives, everything in the middle through down**2 (one extra squared GEMM).
+the activation's partial derivatives, everything in the middle through down**2 (one extra squared GEMM). What a format with
+block scales adds before GEMM 2 is not random but known, and its mean over a block meets the mean of the block's weights.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reference.activation import Activation
-from reference.experts import ExpertPass, ExpertWeights
+from reference.experts import ExpertPass, ExpertWeights, combined
+from reference.format import expand_blocks, to_blocks
 from reference.grid import FLOATS, FP32, binade
-from reference.rounding import Rounding
+from reference.rounding import IDEAL, Rounding
 
 MEAN_SQUARED_ULP = 0.541  # mean of 1 / m**2 over m uniform in log over a binade [1, 2): 3 / (8 ln 2)
 SAMPLED = 512  # columns: a mean square of that many is within a few percent, for a term that is itself an estimate
 ACTIVATION_ERROR = 2.0**-22  # relative, of a single-precision exp-based activation: 2 ulp, CUDA C++ Guide appendix on expf
+BLOCK = 16  # columns: NVFP4's scale block; every coarser group of errors, scales or zero points is made of such blocks
+
+
+@dataclass(frozen=True)
+class MiddleError:
+    """Error of the input of GEMM 2 [rows, intermediate], float64. known: what the declared rounding points make of the ideal
+    input where one of them is a format with scales, else None; random: variance of everything else."""
+
+    random: Tensor
+    known: Tensor | None = None
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean square of all of it."""
+        return self.random if self.known is None else self.random + self.known.square()
+
+    @property
+    def moments(self) -> Tensor:
+        """[rows, 2]: sums of the variances and of their squares, as `independent_errors` takes them."""
+        return torch.stack((self.variance.sum(-1), self.variance.square().sum(-1)), dim=-1)
 
 
 def rounding_variance(rounding: Rounding, point: str, value: Tensor) -> Tensor:
@@ -37,8 +61,25 @@ def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     return (mean_square * (terms**2 / 6) + total.square() * (terms / 3)) * relative
 
 
-def middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
-    """Variance of the input of GEMM 2 [rows, intermediate], float64."""
+def middle_error(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> MiddleError:
+    """Error of the input of GEMM 2."""
+    if not rounding.quantises:
+        return MiddleError(_middle_variance(done, weights, activation, rounding))
+    sums = _middle_variance(done, weights, activation, IDEAL)  # float roundings are part of what is known
+    return MiddleError(sums, known_error(done, activation, rounding))
+
+
+def known_error(done: ExpertPass, activation: Activation, rounding: Rounding) -> Tensor:
+    """[rows, intermediate]: the middle with every rounding point before GEMM 2, minus the ideal one. A kernel's values differ
+    from these by its fp32 sums, which rarely cross a 4- or 8-bit midpoint, and one that does errs by as much with the other
+    sign. So scales fitted to rounded values, values on a grid already and the bias of a format are what the kernel has."""
+    gate = rounding.at("gate_up", done.gate)
+    up = None if done.up is None else rounding.at("gate_up", done.up)
+    return combined(gate, up, activation, rounding) - done.middle
+
+
+def _middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
+    """[rows, intermediate]: variance of the middle by roundings and sums, each independent of the others."""
     by_gate, by_up = _partials(done, activation)
     gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate, done.gate)
     activated = activation.scalar(done.gate)
@@ -68,11 +109,37 @@ def _activated_variance(point: str, gate: Tensor, activated: Tensor, rounding: R
     return torch.where(moved < 3 * variance, moved, variance)  # half a spacing u: u**2 / 4, and variance is u**2 / 12
 
 
-def row_variance(done: ExpertPass, weights: ExpertWeights, middle: Tensor, rounding: Rounding) -> Tensor:
-    """Variance of one expert's output rows [rows, hidden], float64, from `middle_variance`."""
-    squared = weights.down.float().square_()  # a variance is wanted to a percent: float32 halves the traffic
-    row = (middle.float() @ squared.T).double() + accumulation_variance(done.middle, weights.down, done.row)
+def row_variance(done: ExpertPass, weights: ExpertWeights, middle: MiddleError, rounding: Rounding) -> Tensor:
+    """Variance of one expert's output rows [rows, hidden], float64."""
+    down = weights.down.float()  # a variance is wanted to a percent: float32 halves the traffic
+    row = middle.random.float() @ down.square().T if middle.known is None else _known_square(middle, down)
+    row = row.double() + accumulation_variance(done.middle, weights.down, done.row)
     return row + rounding_variance(rounding, "row", done.row)
+
+
+def _known_square(middle: MiddleError, down: Tensor) -> Tensor:
+    """[rows, hidden]: mean square of the error that `middle` makes in middle @ down.T, down float32.
+
+    Errors e that share a scale have a bias of one sign (clipped peaks, one-signed values on a coarse grid), and weights d
+    with a zero point one mean: sum e**2 d**2, right for independent signs, then misses most of (sum e d)**2. With e = E + f
+    and d = D + g, E and D the means of a block of n, sum e d = sum n E D + sum f g. The first sum is known. In the second
+    signs are taken as random: its square is n / (n - 1) sum f**2 g**2 on average over the orders of a block's weights
+    (Hoeffding 1951, "A combinatorial central limit theorem", theorem 2: sum f**2 sum g**2 / (n - 1))."""
+    assert middle.known is not None
+    error, random = middle.known.float(), middle.random.float()
+    counts = _block_sums(torch.ones_like(error[:1]))
+    means, biases = _block_sums(down) / counts, _block_sums(error) / counts
+    common = (biases * counts) @ means.T
+    group = (1, BLOCK)
+    deviation = (down - expand_blocks(means, (down.shape[0], down.shape[1]), group)).square_()
+    bessel = expand_blocks(counts / (counts - 1).clamp(min=1), (1, down.shape[1]), group)
+    scatter = (error - expand_blocks(biases, (error.shape[0], error.shape[1]), group)).square_() * bessel
+    return common.square() + (scatter + random) @ deviation.T + _block_sums(random) @ means.square().T
+
+
+def _block_sums(x: Tensor) -> Tensor:
+    """[rows, blocks]: sums over BLOCK columns of x [rows, columns]."""
+    return to_blocks(x, (1, BLOCK)).sum(-1).squeeze(1)
 
 
 def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> float:

@@ -39,11 +39,16 @@ def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding:
     x = rounding.at("x", x)
     gate = rounding.at("gate_up", linear(x, weights.gate, weights.gate_bias))
     up = None if weights.up is None else rounding.at("gate_up", linear(x, weights.up, weights.up_bias))
+    middle = combined(gate, up, activation, rounding)
+    return ExpertPass(x, gate, up, middle, rounding.at("row", linear(middle, weights.down, weights.down_bias)))
+
+
+def combined(gate: Tensor, up: Tensor | None, activation: Activation, rounding: Rounding) -> Tensor:
+    """The input of GEMM 2 [rows, intermediate] from what GEMM 1 wrote, float64."""
     middle = rounding.at("activated", activation.scalar(gate))
     if up is not None:
         middle = middle * activation.linear(up)
-    middle = rounding.at("middle", middle)
-    return ExpertPass(x, gate, up, middle, rounding.at("row", linear(middle, weights.down, weights.down_bias)))
+    return rounding.at("middle", middle)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,6 +49,11 @@ class Rounding:
         text = getattr(self, point)
         return () if text is None else tuple(text.split(THEN))
 
+    @property
+    def quantises(self) -> bool:
+        """Does a format with scales of its own stand between GEMM 1 and GEMM 2?"""
+        return any(step not in FLOATS for point in ("gate_up", "activated", "middle") for step in self.steps(point))
+
     def at(self, point: str, value: Tensor) -> Tensor:
         """`value` (float64; [rows, columns] where a format is involved) as it leaves `point`."""
         for name in self.steps(point):
@@ -61,7 +66,8 @@ class Rounding:
     def variance(self, point: str, value: Tensor) -> Tensor:
         """Variance of the error made at `point`. A grid of spacing u around a value adds u**2 / 12. Of a block format the
         error itself is known, (read back - value): a kernel's value differs from the ideal one by far less than a 4- or
-        8-bit grid's spacing, and one that falls to the other side of a midpoint errs by as much with the other sign."""
+        8-bit grid's spacing, and one that falls to the other side of a midpoint errs by as much with the other sign.
+        Before GEMM 2 such errors also depend on each other: `reference.bounds.known_error`."""
         total = torch.zeros_like(value)
         for name in self.steps(point):
             if name in FLOATS:

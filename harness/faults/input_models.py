@@ -20,7 +20,7 @@ from harness.faults.audit import Subject
 from harness.faults.layer import Layer, in_fp32, kept
 from harness.oracle import Expected
 from reference.activation import ACTIVATIONS
-from reference.bounds import finalize_variance, independent_errors, middle_variance, row_variance
+from reference.bounds import finalize_variance, independent_errors, middle_error, row_variance
 from reference.experts import ExpertWeights, forward
 from reference.format import Quantized
 from reference.formats import get
@@ -125,9 +125,9 @@ def expected_of(layer: Layer, rounding: Rounding) -> Expected:
     moments = torch.zeros(tokens * top_k, 2, dtype=torch.float64)
     activation = layer.experts.activation
     for _, mine, done, weights in passes(layer.x, layer.routing, layer.experts):
-        middle = middle_variance(done, weights, activation, rounding)
+        middle = middle_error(done, weights, activation, rounding)
         rows[mine], variance[mine] = done.row, row_variance(done, weights, middle, rounding)
-        moments[mine] = torch.stack((middle.sum(-1), middle.square().sum(-1)), dim=-1)
+        moments[mine] = middle.moments
     by_token, weights_of = (tokens, top_k, -1), once(layer.routing)
     sigma = finalize_variance(rows.view(by_token), variance.view(by_token), weights_of, rounding).sqrt()
 

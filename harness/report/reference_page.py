@@ -25,8 +25,9 @@ no code shared with any kernel. Every row names the source of its rule and who e
 * A format is logical; where bytes lie is a layout's business. `global scale` is the encode-sense factor (448 * 6 / amax).
 * Routing rules carry names, never numbers; equal scores go to the lower index; a routing carries the margin to the next expert.
 * The layer runs one expert after another, only those that received tokens. `reference/moe.py` names each rounding point.
-* Error bounds (`reference/bounds.py`): a grid of spacing u adds u**2 / 12; a block format adds its own known error; fp32 sums
-  of K terms add what a random walk conditioned on its end adds; errors of gate and up pass its partial derivatives.
+* Error bounds (`reference/bounds.py`): a grid of spacing u adds u**2 / 12; fp32 sums of K terms add
+  what a random walk conditioned on its end adds; errors of gate and up pass its partial derivatives. What formats with scales
+  make of the middle is known: its mean over 16 columns meets the mean of their weights, the rest their deviations.
 """
 
 WITNESSES = {

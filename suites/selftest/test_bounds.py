@@ -15,14 +15,15 @@ from harness.inputs import Inputs, make_inputs
 from harness.oracle import expect, layer_experts
 from reference.activation import ACTIVATIONS, Activation
 from reference.bounds import (
+    MiddleError,
     accumulation_variance,
     finalize_variance,
     independent_errors,
-    middle_variance,
+    middle_error,
     rounding_variance,
     row_variance,
 )
-from reference.experts import ExpertWeights, forward
+from reference.experts import ExpertPass, ExpertWeights, forward
 from reference.moe import moe
 from reference.rounding import Rounding
 
@@ -114,7 +115,7 @@ def test_a_gate_that_comes_back_unchanged_costs_what_the_activation_did() -> Non
     rounding = Rounding(gate_up="bf16", middle="bf16")
 
     def variance(gate: float) -> float:
-        return float(middle_variance(forward(gate * identity, weights, gelu), weights, gelu, rounding))
+        return float(middle_error(forward(gate * identity, weights, gelu), weights, gelu, rounding).variance)
 
     slope = {3.5: 1.00282, 2.5: 1.03761}  # d gelu: Phi(g) + g phi(g)
     assert variance(3.5) == pytest.approx(slope[3.5] ** 2 * ONE + (3.5 * 2.32629e-4) ** 2, rel=1e-3)
@@ -171,7 +172,7 @@ def test_variance_without_declared_roundings_is_that_of_fp32() -> None:
     rounding = 2.0**-46 * 3 / (8 * math.log(2)) / 12 / 2
     wanted = 25 * (36 * rounding + 36 * 2.0**-44) + 900 * rounding
     done = forward(x, weights, identity)
-    variance = row_variance(done, weights, middle_variance(done, weights, identity, Rounding()), Rounding())
+    variance = row_variance(done, weights, middle_error(done, weights, identity, Rounding()), Rounding())
     assert variance.item() == pytest.approx(wanted, rel=1e-3, abs=0)
 
 
@@ -201,3 +202,44 @@ def test_many_experts_do_not_make_more_errors_than_there_are_outputs() -> None:
     """8 outputs of ten experts are 8 numbers: a limit made for 80 raised a false alarm on a right kernel."""
     assert independent(torch.ones(1, 10, 256).double(), [0.1] * 10, 8) == pytest.approx(1 / (1 / 2560 + 1 / 8))
     assert independent(torch.ones(1, 2, 256).double(), [1.0, 0.0], 512) == pytest.approx(1 / (1 / 256 + 1 / 512))
+
+
+def known_variance(error: Tensor, down: Tensor) -> Tensor:
+    """Variance of rows [rows, hidden] whose middle errs by `error` [rows, inter], nothing else."""
+    none = torch.zeros_like(error)
+    done = ExpertPass(none, none, None, none, torch.zeros(len(error), len(down), dtype=torch.float64))
+    return row_variance(done, ExpertWeights(down, None, down), MiddleError(none, error), Rounding())
+
+
+@pytest.mark.parametrize(("inter", "wanted"), [(16, 3.2), (40, 8.0), (17, 3.4), (5, 1.0), (1, 0.2)])
+def test_errors_of_one_sign_meet_weights_of_one_mean(inter: int, wanted: float) -> None:
+    """n errors of 0.1 through weights of 2 make an error of 0.2 n, not of 0.2 sqrt(n), whole blocks or not."""
+    error, down = torch.full((1, inter), 0.1, dtype=torch.float64), torch.full((3, inter), 2.0, dtype=torch.float64)
+    assert known_variance(error, down).sqrt().tolist() == [pytest.approx([wanted] * 3, rel=1e-5)]
+
+
+@pytest.mark.parametrize(("bias", "zero_point"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.5), (1.0, 1.5), (-0.5, 4.0)])
+def test_on_average_over_the_places_of_a_blocks_weights_it_is_the_square_of_the_sum(bias: float, zero_point: float) -> None:
+    """5000 orders of the weights within their blocks: sum e**2 d**2 is 0.07 to 2.7 of it where one has a mean."""
+    generator = torch.Generator().manual_seed(5)
+    error = torch.randn(1, 48, generator=generator).double() + bias
+    blocks = torch.randn(1, 3, 16, generator=generator).double() + zero_point
+    order = torch.rand(5000, 3, 16, generator=generator).argsort(-1)
+    down = blocks.expand(5000, -1, -1).gather(2, order).flatten(1)
+    square = (error @ down.T).square()
+    assert float(known_variance(error, down).mean()) == pytest.approx(float(square.mean()), rel=0.08)
+
+
+QUANTISED = {
+    "middle fitted to rounded values": Rounding(middle="bf16>nvfp4", row="bf16", out="bf16"),
+    "before the activation and after it": Rounding(gate_up="fp8_group", middle="fp8_group", row="bf16", out="bf16"),
+}
+
+
+@pytest.mark.parametrize("rounding", QUANTISED.values(), ids=list(QUANTISED))
+@pytest.mark.parametrize("activation", ["swiglu", "silu", "relu", "identity", "relu2"])
+def test_what_formats_do_to_the_middle_is_known(activation: str, rounding: Rounding) -> None:
+    """Values that are on the grid already were counted as quantised twice: the mean of z**2 of identity was 0.5."""
+    z = z_scores(activation, rounding)
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.06)
+    assert float(z.abs().max()) < MOST_SIGMAS

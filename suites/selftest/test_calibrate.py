@@ -17,6 +17,7 @@ from harness.calibrate import Subject, Tally, calibrate, draw, main, possible, s
 from harness.case import Case
 from harness.compare import compare, mean_z2_limit
 from harness.emulate import emulate
+from harness.errors import UnknownName
 from harness.inputs import make_inputs
 from harness.oracle import expect, layer_experts
 from harness.verdict import Comparison
@@ -79,6 +80,31 @@ def test_a_wrong_kernel_raises_an_alarm(monkeypatch: pytest.MonkeyPatch, capsys:
     text = capsys.readouterr().out
     assert "ALARM wrong: moe.bf16." in text
     assert "CRASHED: x" in text
+
+
+# nvfp4 middles of one sign, zero points in the weights: biased errors met weights of one mean (the first and the last), or
+# the scale of a block was fitted to values not yet rounded to bf16 (the second)
+FALSE_ALARMS = {
+    "cutlass_nvfp4-int4_g128_zp-nvfp4.t1.h96.i256.e256.k1.renormalize.gelu_tanh.standard.real.hot.s257678055": 260,
+    "cute_dsl_nvfp4-int4_g64_zp-nvfp4.t30.h128.i16.e2.k1.topk.gelu.standard.real.half.s18958042": 1828,
+    "cute_dsl_nvfp4-int4_g128_zp-nvfp4.t1.h16.i512.e32.k2.renormalize.silu.standard.real.hot.s408552088": 2078,
+}
+
+
+@pytest.mark.parametrize(("text", "order"), FALSE_ALARMS.items())
+def test_what_once_raised_a_false_alarm(text: str, order: int) -> None:
+    name, case = text.split("-", 1)
+    subject = next(s for s in EMULATED if s.name == f"flashinfer_{name}")
+    judged = subject.judge(Case.parse(f"moe.{case}"), order)
+    assert isinstance(judged, Comparison)
+    assert judged.agrees
+    assert judged.worst < 0.6 * judged.limit
+
+
+def test_one_recipe_can_be_calibrated_alone() -> None:
+    assert set(calibrate(2, 0, backends=False, only="deepseek")) == {s.name for s in EMULATED if "deepseek" in s.name}
+    with pytest.raises(UnknownName, match="flashinfer_trtllm_deepseek_fp8"):
+        calibrate(2, 0, backends=False, only="trtllm_deepsek_fp8")
 
 
 def comparison(mean_z2: float) -> Comparison:

@@ -167,6 +167,17 @@ def test_the_assumed_recipe_follows_the_formats() -> None:
     assert assumed_rounding(Recipe.parse("bf16")) == BF16
     assert assumed_rounding(Recipe.parse("nvfp4-fp16")) == Rounding(gate_up="fp16", middle="fp16", row="fp16", out="fp16")
     assert assumed_rounding(Recipe.parse("nvfp4-nvfp4")) == replace(BF16, middle="bf16>nvfp4")
+    assert assumed_rounding(Recipe.parse("nvfp4-bf16-fp8_group")) == replace(BF16, middle="bf16>fp8_group")
+
+
+def test_a_kernel_that_declares_nothing_may_quantise_what_a_library_does() -> None:
+    """TensorRT-LLM's DeepSeek path quantises GEMM 1's output; held against an emulation that does not, it was refused."""
+    assert assumed_rounding(Recipe.parse("fp8_block-fp8_group")) == replace(BF16, gate_up="fp8_group", middle="bf16>fp8_group")
+    inputs, expected = question("nvfp4_4over6-fp8_group.t9.h256.i128.e2.k1.sigmoid_renorm.clamped_relu2")
+    right = emulate(inputs, RECIPES["flashinfer_trtllm_deepseek_fp8"].rounding, seed=141)
+    assert compare(expected, right).agrees
+    assert compare(expected, emulate(inputs, BF16)).agrees
+    assert not compare(expected, right * 1.25).agrees
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.rounding.steps("middle")[-1] == "nvfp4"])

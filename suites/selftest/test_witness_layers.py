@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.compare import z_limit
 from reference.activation import ACTIVATIONS
-from reference.bounds import finalize_variance, middle_variance, row_variance
+from reference.bounds import finalize_variance, middle_error, row_variance
 from reference.experts import ExpertWeights, forward
 from reference.moe import Experts, moe, passes
 from reference.rounding import Rounding
@@ -55,14 +55,14 @@ def worst_ratio(got: Tensor, x: Tensor, routing: Routing, experts: Experts) -> f
     variances = torch.zeros_like(rows)
     for _, slots, done, weights in passes(x, routing, experts):
         rows[slots] = done.row
-        variances[slots] = row_variance(done, weights, middle_variance(done, weights, experts.activation, FP32), FP32)
+        variances[slots] = row_variance(done, weights, middle_error(done, weights, experts.activation, FP32), FP32)
     shape = (TOKENS, -1, HIDDEN)
     weights = torch.ones_like(routing.weights) if experts.weight_on_input else routing.weights
     variance = finalize_variance(rows.view(shape), variances.view(shape), weights, FP32)
     variance += (2.0**-22 * moe(x, routing, experts)).square()  # the routing weights are fp32 softmaxes or sigmoids
     if experts.shared is not None:
         done = forward(x.double(), experts.shared, experts.activation)
-        variance += row_variance(done, experts.shared, middle_variance(done, experts.shared, experts.activation, FP32), FP32)
+        variance += row_variance(done, experts.shared, middle_error(done, experts.shared, experts.activation, FP32), FP32)
     z = (got.double() - moe(x, routing, experts)).abs() / variance.sqrt()
     return float(z.max()) / z_limit(z.numel())
 
