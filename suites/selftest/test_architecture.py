@@ -28,6 +28,8 @@ CORE = (
     "known",
     "mechanisms",
     "memory",
+    "misread",
+    "misrouting",
     "mistakes",
     "oracle",
     "places",
