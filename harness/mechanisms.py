@@ -65,8 +65,10 @@ class Inside:
     def last_claims(self) -> Iterator[Claim | None]:
         """Claims that are too dear to ask where others explain the error."""
         misrouted = Misrouted.of(self.e, self.layer)
-        found = [c for c in misrouted.claims() if c is not None] if misrouted is not None else []
-        yield from found or self._misread()
+        found = list(misrouted.claims()) if misrouted is not None else []
+        if self.cheap is not None:
+            found.append(Slots(self.e, self.cheap, *self.weights).other_weights())
+        yield from found if any(found) else self._misread()
 
     def _misread(self) -> Iterator[Claim | None]:
         """Weights and scales read wrongly: whatever explains a few rows is asked about more."""
@@ -208,8 +210,6 @@ class Slots:
             yield self._expert_factors(by_expert)
         yield self._mixed(0, "missing_slot", "is missing")
         yield self._mixed(2, "duplicated_slot", "counts twice")
-        if by_expert is None:
-            yield self._other_weights()
 
     def _with(self, shares: Tensor) -> Tensor:
         return (self.study.rows * (self.weights * shares)[..., None]).sum(1)
@@ -260,10 +260,10 @@ class Slots:
         alone = all(int((self.ids == expert).sum()) == 1 for expert in wrong)  # a slot's weight may be wrong as well
         return None if claim is None else replace(claim, late=alone or len(wrong) > 1)
 
-    def _other_weights(self) -> Claim | None:
-        """Slots with factors that are not their experts': the weights are wrong, whatever the reason."""
-        wrong = (self.shares - 1).abs() > CLOSE
-        if not bool(wrong.any(-1).all()):
+    def other_weights(self) -> Claim | None:
+        """Slots with any factors of their own: the weights are wrong, whatever the reason."""
+        wrong = (self.shares - 1).abs() > UNEVEN
+        if not bool(wrong.any()) or not bool((self.shares.abs() > CLOSE).any()):
             return None
         slots = wrong.nonzero().tolist()
         told = [[int(self.study.tokens[t]), k, round(float(self.shares[t, k]), 4) + 0.0] for t, k in slots]

@@ -68,7 +68,8 @@ class Misrouted:
         closer = (self._left(by_rule) < self._left(prediction))[:, None]
         yield self._claim(torch.where(closer, chosen, used), torch.where(closer, by_rule, prediction), "")
         if self._strange(chosen, fitted):
-            yield self._claim(chosen, self._sum(chosen, fitted), " with weights that the rule does not give them")
+            claim = self._claim(chosen, self._sum(chosen, fitted), " with weights that the rule does not give them")
+            yield None if claim is None else replace(claim, late=True)
 
     def _claim(self, used: Tensor, prediction: Tensor, how: str) -> Claim | None:
         ids, _ = self.due
@@ -77,8 +78,7 @@ class Misrouted:
         moves = [[int(t), u.tolist(), d.tolist()] for t, u, d in zip(self.tokens, used, ids, strict=True)]
         told = "; ".join(f"token {t} by {u}, not {d}" for t, u, d in moves[:TOLD])
         text = f"{int(self.e.hit.sum())} tokens were computed by other experts{how}: {told}"
-        claim = self.e.claim("wrong_expert", text, prediction, {"routed": moves}, self.tokens)
-        return None if claim is None else replace(claim, late=True)
+        return self.e.claim("wrong_expert", text, prediction, {"routed": moves}, self.tokens)
 
     def _left(self, prediction: Tensor) -> Tensor:
         """[n]: what a prediction leaves of each row."""
