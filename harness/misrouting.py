@@ -127,7 +127,8 @@ class Misrouted:
         """The weights [n, k] with which experts ids [n, k] come closest; along [n, experts]: rows times the output."""
         across = self.gram.gather(1, ids[..., None].expand(*ids.shape, self.gram.shape[-1]))
         inner = across.gather(2, ids[:, None, :].expand(*ids.shape, ids.shape[1]))
-        return (torch.linalg.pinv(inner, hermitian=True) @ along.gather(1, ids)[..., None])[..., 0]
+        fitted: Tensor = torch.linalg.pinv(inner, hermitian=True) @ along.gather(1, ids)[..., None]
+        return fitted[..., 0]
 
     def _weights_by_rule(self, ids: Tensor) -> Tensor:
         """float64 [n, k]: what the case's rule weighs these experts with."""

@@ -168,7 +168,7 @@ def _row_factors(e: Evidence) -> Claim | None:
 
 def _unlike(seen: Tensor, multiple: Tensor) -> bool:
     """Whether what was seen does not look like a multiple: next to nothing is close to a small one of anything."""
-    return float((seen * multiple).sum().abs()) < (1 - OWN**2) ** 0.5 * float(seen.norm() * multiple.norm())
+    return abs(float((seen * multiple).sum())) < math.sqrt(1 - OWN**2) * float(seen.norm() * multiple.norm())
 
 
 def named(factor: float) -> str:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.faults.wrong_kernels import Bench, bench, busiest, packed
 from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.routing import RULES
-from suites.selftest.test_diagnose import Bench, bench, busiest, packed
 
 Scales = list[Tensor]  # of w13 (gate rows, then up rows) or w2: [rows, blocks] for every expert
 
@@ -203,3 +203,11 @@ def test_next_to_nothing_is_no_multiple() -> None:
     b = bench("bf16", "real")
     found = b.diagnosis(b.out(torch.rand_like(b.right.double()) * 1e-30))
     assert found.kind == "unexplained", found
+
+
+@pytest.mark.parametrize("size", [0.01, 0.03, 0.1])
+def test_weights_that_are_a_little_off_are_no_rounding(size: float) -> None:
+    b = bench("nvfp4", "real")
+    noise = torch.randn(b.routing.weights.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = b.diagnosis(b.routed(weights=b.routing.weights * (1 + size * noise)))
+    assert found.kind in ("wrong_weights", "unexplained"), found
