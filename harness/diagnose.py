@@ -68,7 +68,7 @@ def diagnose(expected: Expected, got: Tensor, comparison: Comparison, findings: 
     if claims:
         best, also = rank(claims)
         return _told(e, best, also)
-    last = unstable(e) or place(e) or (None if inside.suspects() else precision(e))
+    last = unstable(e) or inside.faint() or place(e) or (None if inside.suspects() else precision(e))
     if last is not None:
         return _told(e, last, ())
     rows = int(e.hit.sum())

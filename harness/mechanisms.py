@@ -25,6 +25,7 @@ RULE = 3  # experts that must follow a rule before it is called one
 CLOSE = 0.1  # how far from 0, 1 or 2 an expert's weight in the output may be read
 FAINT = 1e-3  # energy of an expert's share, relative to its row's error, below which its weight cannot be read
 ALONG = 0.5  # share of an error's energy along the experts' own rows above which the weights are to blame, not rounding
+CERTAIN = 3.0  # standard deviations within which a faint mistake's share in an error must be 1
 SUSPECT = 6.0  # standard deviations of a mistake's share in an error before rounding is no longer blamed for it
 
 
@@ -102,18 +103,39 @@ class Inside:
 
     def suspects(self) -> bool:
         """Whether some mistake's effect is in the error, too faint to be named but too clear to call the error rounding."""
-        if self._along_rows() > ALONG:
-            return True
-        for part in self.parts:
-            for delta in part[1].deltas.values() if part is not None else ():
-                tokens = part[1].tokens  # type: ignore[index]
-                sigma = self.e.expected.sigma[tokens]
-                error, shape = (self.e.actual - self.e.value)[tokens] / sigma, delta / sigma
+        return self._along_rows() > ALONG or any(trace.share > 0.5 for trace in self.traces)
+
+    def faint(self) -> Claim | None:
+        """A mistake hardly larger than the noise, if it is in the error as a whole, the output would be right without it, and
+        no mistake of another kind comes near. Asked where the noise is known: in the real lane."""
+        if self.e.comparison.lane != "real":
+            return None
+        limit = self.e.comparison.limit**2
+        fits = [t for t in self.traces if abs(t.share - 1) < t.tolerance and float(t.left.max()) <= limit]
+        best = min((float(t.left.sum()) for t in fits), default=0.0)
+        near = [t for t in fits if float(t.left.sum()) <= best + SUSPECT**2]
+        if len({t.mistake.kind for t in near}) != 1 or float(near[0].left.mean()) > self.e.comparison.mean_z2_limit:
+            return None
+        found = min(near, key=lambda t: float(t.left.sum()))
+        where = "" if found.scope is None else f", in expert {found.scope} only"
+        text = f"{found.mistake.text}{where}: faint, but without it the output would be right"
+        return Claim(found.mistake.kind, text, min(1.0, found.share), best, {**found.mistake.evidence, "faint": True})
+
+    @cached_property
+    def traces(self) -> list[Trace]:
+        """The mistakes whose effect stands out of the error's own noise."""
+        found = []
+        for mistakes, study in (part for part in self.parts if part is not None):
+            sigma = self.e.expected.sigma[study.tokens]
+            error = (self.e.actual - self.e.value)[study.tokens] / sigma
+            for (index, scope), delta in study.deltas.items():
+                shape = delta / sigma
                 length = float(shape.norm())
                 share = float((error * shape).sum()) / length**2 if length > 0 else 0.0
-                if share > 0.5 and share * length > SUSPECT * float(error.square().mean().sqrt()):
-                    return True
-        return False
+                if share * length > SUSPECT * float(error.square().mean().sqrt()):
+                    tolerance = max(CLOSE, CERTAIN / length)
+                    found.append(Trace(mistakes[index], scope, share, tolerance, (error - shape).square()))
+        return found
 
     def _along_rows(self) -> float:
         """The share of the error that other weights of the right rows would explain, in energy; of rounding: top_k / hidden."""
@@ -178,6 +200,18 @@ class Inside:
                 if other != expert:
                     text = f"the rows of expert {expert} are computed with the weights of expert {other}"
                     yield self.e.claim("wrong_expert", text, prediction, {"expert": expert, "used": other}, tokens)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How much of a mistake is in an error, in units of the whole mistake, how well that is known, and z**2 [n, hidden]
+    without the whole mistake."""
+
+    mistake: Mistake
+    scope: int | None
+    share: float
+    tolerance: float
+    left: Tensor
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,11 @@ def packed(inputs: Inputs, expert: int) -> tuple[Quantized, Quantized | None, Qu
 @cache
 def bench(name: str, fill: str) -> Bench:
     """The bench of CASES[name] with that fill."""
-    case = Case.parse(CASES[name].format(fill))
+    return bench_of(Case.parse(CASES[name].format(fill)))
+
+
+def bench_of(case: Case) -> Bench:
+    """The bench of a case."""
     inputs = make_inputs(case)
     layer = Experts(case.shape.experts, weight_source(inputs), ACTIVATIONS[case.activation])
     right = moe(inputs.x, inputs.routing, layer, KERNEL).to(get(case.recipe.out).torch_dtype)

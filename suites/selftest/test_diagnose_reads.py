@@ -5,6 +5,7 @@ Each planted misreading is written out here from addresses, as the kernel would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.faults.wrong_kernels import Bench, bench, busiest, packed
+from harness.case import Case
+from harness.faults.wrong_kernels import Bench, bench, bench_of, busiest, packed
+from harness.oracle import weight_source
+from reference.activation import ACTIVATIONS, swiglu_bias
 from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.routing import RULES
@@ -81,6 +85,40 @@ def global_of_first(b: Bench) -> Tensor:
     return b.repacked(edit)
 
 
+def global_by_row(b: Bench) -> Tensor:
+    """Row n of [gate; up] and of w2 takes the factor of row 0 of expert n."""
+    experts = [packed(b.inputs, e) for e in range(b.case.shape.experts)]
+
+    def edit(w: ExpertWeights, expert: int) -> ExpertWeights:
+        gate, up, down = experts[expert]
+        assert up is not None
+        n13, n2 = torch.arange(2 * len(w.gate)) % len(experts), torch.arange(len(w.down)) % len(experts)
+        of13, of2 = (torch.stack([1 / e[i].global_scale.double() for e in experts]) for i in (0, 2))  # type: ignore[union-attr]
+        first, second = of13.flatten()[n13].chunk(2)
+        return ExpertWeights(
+            w.gate * gate.global_scale * first[:, None],  # type: ignore[operator]
+            w.up * up.global_scale * second[:, None],  # type: ignore[operator]
+            w.down * down.global_scale * of2.flatten()[n2][:, None],  # type: ignore[operator]
+        )
+
+    source = weight_source(b.inputs)
+    return b.kernel(weights=lambda e: edit(source(e), e))
+
+
+def sharded(b: Bench) -> Tensor:
+    """w2 in four shards of 24 columns, each counting blocks of 16 from the one that its first column lies in."""
+    k = torch.arange(b.case.shape.inter)
+    seen = k // 24 * 24 // 16 + k % 24 // 16
+    source = weight_source(b.inputs)
+
+    def edit(expert: int) -> ExpertWeights:
+        down, w = packed(b.inputs, expert)[2], source(expert)
+        scales = down.format.scale_values(down)
+        return replace(w, down=w.down / scales[:, k // 16] * scales[:, seen])
+
+    return b.kernel(weights=edit)
+
+
 def reread(b: Bench, where: Callable[[int, int], Tensor]) -> Tensor:
     """w13 [2 * inter, hidden] whose element i is memory[where[i]]."""
 
@@ -132,6 +170,8 @@ DEFECTS: dict[str, tuple[Callable[[Bench], Tensor], str]] = {
     "spans_two": (lambda b: rescaled(b, spans_two), "wrong_scales"),
     "spans_two_in_w2": (lambda b: rescaled(b, spans_two, "w2"), "wrong_scales"),
     "swizzled": (lambda b: rescaled(b, swizzled_read_linear), "wrong_scales"),
+    "row_of_expert": (global_by_row, "wrong_scales"),
+    "sharded_w2": (sharded, "wrong_scales"),
     "column_major": (lambda b: rescaled(b, column_major), "wrong_scales"),
     "shuffled": (lambda b: reread(b, shuffled), "weight_order"),
     "zero_index": (lambda b: reread(b, lambda r, c: torch.arange(c).repeat(r)), "weight_order"),
@@ -156,6 +196,8 @@ previous_weights: nvfp4.real biased.real
 first_weight: bf16.real
 global_of_first: nvfp4.real
 one_scale: nvfp4.real
+row_of_expert: nvfp4.real
+sharded_w2: nvfp4.real
 spans_two: nvfp4.real mxfp4.real
 spans_two_in_w2: nvfp4.real
 swizzled: nvfp4.real mxfp4.real
@@ -197,6 +239,15 @@ def test_one_slot_does_not_tell_an_experts_factor_from_a_weight() -> None:
     weights = b.routing.weights.clone()
     weights[b.routing.ids == busiest(b)] *= torch.linspace(1.5, 3.0, int((b.routing.ids == busiest(b)).sum())).double()
     assert b.diagnosis(b.routed(weights=weights)).kind == "wrong_weights"
+
+
+def test_a_faint_mistake_is_named_if_nothing_else_is_left() -> None:
+    """Of 16 rows one pre-activation is above the limit."""
+    case = Case.parse("moe.nvfp4.t2.h160.i128.e16.k8.renormalize.swiglu_oai.standard.real.half.s0")
+    b = bench_of(case)
+    without = swiglu_bias("without its limit", **{**ACTIVATIONS[case.activation].parameters, "limit": math.inf})
+    found = b.diagnosis(b.kernel(activation=without))
+    assert (found.kind, found.evidence.get("faint")) == ("wrong_activation", True), found
 
 
 def test_next_to_nothing_is_no_multiple() -> None:
