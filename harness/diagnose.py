@@ -39,10 +39,13 @@ PREDICTING = (
     "missing_slot",
     "duplicated_slot",
     "unweighted",
+    "wrong_weights",
     "missing_bias",
     "wrong_activation",
     "next_expert_scales",
     "scale_roll",
+    "wrong_scales",
+    "weight_order",
     "dropped_k_tail",
 )
 KINDS = ("never_written", "nan_from_padding", "non_finite", *PREDICTING, "tail_tile", "unstable", "precision", "unexplained")
@@ -60,10 +63,12 @@ def diagnose(expected: Expected, got: Tensor, comparison: Comparison, findings: 
         return _told(e, claim, ())
     inside = Inside(e, expected.layer)
     claims = [c for c in (*symptoms(e), *tile_claims(e), *inside.claims()) if c is not None]
+    if not claims:
+        claims = [c for c in inside.last_claims() if c is not None]
     if claims:
         best, also = rank(claims)
         return _told(e, best, also)
-    last = unstable(e) or place(e) or (None if inside.suspects() else precision(e))
+    last = unstable(e) or inside.faint() or place(e) or (None if inside.suspects() else precision(e))
     if last is not None:
         return _told(e, last, ())
     rows = int(e.hit.sum())

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.evidence import Claim, Evidence
+from harness.misread import misreadings
+from harness.misrouting import Misrouted
 from harness.mistakes import known_mistakes
 from harness.symptoms import named
 from harness.whatif import Layer, Mistake, Study, spread
@@ -17,10 +19,13 @@ from reference.routing import RULES, Routing
 
 MAX_TOKENS = 64  # hit rows at which wrong layers are computed
 SEARCHED = 4  # of them, at which every expert of the layer is tried
+SCREENED = 2  # of them, at which every misreading of the weights is tried; what explains these is asked about the others
 UNEVEN = 1e-3  # an expert's factor closer to 1 than this is 1: the rounding of bf16 moves it by less
 RULE = 3  # experts that must follow a rule before it is called one
 CLOSE = 0.1  # how far from 0, 1 or 2 an expert's weight in the output may be read
 FAINT = 1e-3  # energy of an expert's share, relative to its row's error, below which its weight cannot be read
+ALONG = 0.5  # share of an error's energy along the experts' own rows above which the weights are to blame, not rounding
+CERTAIN = 3.0  # standard deviations within which a faint mistake's share in an error must be 1
 SUSPECT = 6.0  # standard deviations of a mistake's share in an error before rounding is no longer blamed for it
 
 
@@ -58,6 +63,26 @@ class Inside:
             yield self._unbiased(self.cheap.tokens)
             yield from self._other_experts(self.cheap.tokens)
 
+    def last_claims(self) -> Iterator[Claim | None]:
+        """Claims that are too dear to ask where others explain the error."""
+        misrouted = Misrouted.of(self.e, self.layer)
+        found = list(misrouted.claims()) if misrouted is not None else []
+        if self.cheap is not None:
+            found.append(Slots(self.e, self.cheap, *self.weights).other_weights())
+        yield from found if any(found) else self._misread()
+
+    def _misread(self) -> Iterator[Claim | None]:
+        """Weights and scales read wrongly: whatever explains a few rows is asked about more."""
+        mistakes = list(misreadings(self.layer.case))
+        tokens = spread(self.e.hit.nonzero().flatten(), min(SCREENED, self.layer.affordable(mistakes)))
+        if len(tokens) == 0 or not self.layer.experts_affordable(len(tokens)):
+            return
+        deltas = self.layer.study(tokens, mistakes).deltas
+        value = self.e.value[tokens]
+        likely = [mistakes[i] for (i, _), d in deltas.items() if bool((d != 0).any()) and self.e.leaves(value + d, tokens)]
+        if likely and (asked := self._study(likely)) is not None:
+            yield from self._mistakes(*asked)
+
     def _mistakes(self, mistakes: list[Mistake], study: Study) -> Iterator[Claim | None]:
         value = self.e.value[study.tokens]
         for (index, scope), delta in study.deltas.items():
@@ -78,16 +103,49 @@ class Inside:
 
     def suspects(self) -> bool:
         """Whether some mistake's effect is in the error, too faint to be named but too clear to call the error rounding."""
-        for part in self.parts:
-            for delta in part[1].deltas.values() if part is not None else ():
-                tokens = part[1].tokens  # type: ignore[index]
-                sigma = self.e.expected.sigma[tokens]
-                error, shape = (self.e.actual - self.e.value)[tokens] / sigma, delta / sigma
+        return self._along_rows() > ALONG or any(trace.share > 0.5 for trace in self.traces)
+
+    def faint(self) -> Claim | None:
+        """A mistake hardly larger than the noise, if it is in the error as a whole, the output would be right without it, and
+        no mistake of another kind comes near. Asked where the noise is known: in the real lane."""
+        if self.e.comparison.lane != "real":
+            return None
+        limit = self.e.comparison.limit**2
+        fits = [t for t in self.traces if abs(t.share - 1) < t.tolerance and float(t.left.max()) <= limit]
+        best = min((float(t.left.sum()) for t in fits), default=0.0)
+        near = [t for t in fits if float(t.left.sum()) <= best + SUSPECT**2]
+        if len({t.mistake.kind for t in near}) != 1 or float(near[0].left.mean()) > self.e.comparison.mean_z2_limit:
+            return None
+        found = min(near, key=lambda t: float(t.left.sum()))
+        where = "" if found.scope is None else f", in expert {found.scope} only"
+        text = f"{found.mistake.text}{where}: faint, but without it the output would be right"
+        return Claim(found.mistake.kind, text, min(1.0, found.share), best, {**found.mistake.evidence, "faint": True})
+
+    @cached_property
+    def traces(self) -> list[Trace]:
+        """The mistakes whose effect stands out of the error's own noise."""
+        found = []
+        for mistakes, study in (part for part in self.parts if part is not None):
+            sigma = self.e.expected.sigma[study.tokens]
+            error = (self.e.actual - self.e.value)[study.tokens] / sigma
+            for (index, scope), delta in study.deltas.items():
+                shape = delta / sigma
                 length = float(shape.norm())
                 share = float((error * shape).sum()) / length**2 if length > 0 else 0.0
-                if share > 0.5 and share * length > SUSPECT * float(error.square().mean().sqrt()):
-                    return True
-        return False
+                if share * length > SUSPECT * float(error.square().mean().sqrt()):
+                    tolerance = max(CLOSE, CERTAIN / length)
+                    found.append(Trace(mistakes[index], scope, share, tolerance, (error - shape).square()))
+        return found
+
+    def _along_rows(self) -> float:
+        """The share of the error that other weights of the right rows would explain, in energy; of rounding: top_k / hidden."""
+        if self.cheap is None:
+            return 0.0
+        at, rows = self.cheap.tokens, self.cheap.rows
+        error = (self.e.actual - self.e.value)[at]
+        along = rows @ error[..., None]
+        fitted = torch.linalg.pinv(rows @ rows.transpose(1, 2), hermitian=True) @ along
+        return float((along * fitted).sum() / error.square().sum())
 
     def _weightings(self, study: Study) -> Iterator[Claim | None]:
         """Other routing weights on the right rows."""
@@ -101,6 +159,7 @@ class Inside:
             "renormalised to a sum of 1": weights / weights.sum(-1, keepdim=True),
             "softmax over the chosen experts": logits.gather(1, ids).softmax(-1),
             "in reverse order of the slots": weights.flip(-1),
+            "those of a token's first slot in all its slots": weights[:, :1].expand_as(weights),
         }
         for way, used in ways.items():
             if not torch.equal(used, weights):
@@ -141,6 +200,18 @@ class Inside:
                 if other != expert:
                     text = f"the rows of expert {expert} are computed with the weights of expert {other}"
                     yield self.e.claim("wrong_expert", text, prediction, {"expert": expert, "used": other}, tokens)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How much of a mistake is in an error, in units of the whole mistake, how well that is known, and z**2 [n, hidden]
+    without the whole mistake."""
+
+    mistake: Mistake
+    scope: int | None
+    share: float
+    tolerance: float
+    left: Tensor
 
 
 @dataclass(frozen=True)
@@ -220,7 +291,21 @@ class Slots:
         told = ", ".join(f"expert {x} is {named(f)} times the expected" for x, f in list(wrong.items())[:4])
         evidence = {"factors": [[x, f] for x, f in wrong.items()][:16], "scope": "expert"}
         claim = self.e.claim("constant_factor", told, self._with(shares), evidence, self.study.tokens)
-        return None if claim is None else replace(claim, late=len(wrong) > 1)
+        alone = all(int((self.ids == expert).sum()) == 1 for expert in wrong)  # a slot's weight may be wrong as well
+        return None if claim is None else replace(claim, late=alone or len(wrong) > 1)
+
+    def other_weights(self) -> Claim | None:
+        """Slots with any factors of their own: the weights are wrong, whatever the reason."""
+        wrong = (self.shares - 1).abs() > UNEVEN
+        if not bool(wrong.any()) or not bool((self.shares.abs() > CLOSE).any()):
+            return None
+        slots = wrong.nonzero().tolist()
+        told = [[int(self.study.tokens[t]), k, round(float(self.shares[t, k]), 4) + 0.0] for t, k in slots]
+        words = "; ".join(f"{named(f)} times in slot {k} of token {t}" for t, k, f in told[:4])
+        text = f"the right experts with other routing weights: {words}"
+        prediction = self._with(self.shares.nan_to_num(1.0))
+        claim = self.e.claim("wrong_weights", text, prediction, {"slots": told[:16]}, self.study.tokens)
+        return None if claim is None else replace(claim, late=True)
 
     def _mixed(self, share: int, kind: str, text: str) -> Claim | None:
         """Some slot of every hit row, not the same one in all."""

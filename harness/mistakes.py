@@ -73,11 +73,20 @@ def dropped_inter_tail(size: int) -> Mistake:
     return Mistake("dropped_k_tail", text, rows, {"gemm": 2, "size": size})
 
 
-def next_expert(shift: int) -> Mistake:
-    """Every expert's rows computed with the weights of the expert `shift` further."""
-    text = f"every expert's rows are computed with the weights of expert e {shift:+d}"
-    evidence = {"shift": shift}
-    return Mistake("expert_permutation", text, lambda t: t.through(t.loader.weights(t.neighbour(shift))), evidence, dear=True)
+def next_expert(shift: int, matrix: str = "both") -> Mistake:
+    """Every expert's rows computed with the weights of the expert `shift` further. matrix: "w13", "w2" or "both"."""
+
+    def rows(turn: Turn) -> Tensor:
+        own, other = turn.weights, turn.loader.weights(turn.neighbour(shift))
+        if matrix != "both":
+            first, second = (other, own) if matrix == "w13" else (own, other)
+            other = ExpertWeights(first.gate, first.up, second.down)
+        return turn.through(other)
+
+    what = "the weights" if matrix == "both" else f"the {matrix}"
+    text = f"every expert's rows are computed with {what} of expert e {shift:+d}"
+    kind = "expert_permutation" if matrix == "both" else "wrong_expert"
+    return Mistake(kind, text, rows, {"shift": shift, "matrix": matrix}, dear=True)
 
 
 def rolled(q: Quantized, blocks: int) -> Quantized:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.evidence import Claim, Evidence, where
+from harness.evidence import OWN, Claim, Evidence, where
 
 ENOUGH = 8  # non-zero elements that a factor is read from, rows that columns are told apart by
 MAX_COLUMNS = 2048  # columns of which any permutation is searched: a matrix of their similarities
@@ -147,7 +147,7 @@ def _global_factor(e: Evidence) -> Claim | None:
     if int((value[finite] != 0).sum()) < ENOUGH:
         return None
     factor = float((value * seen)[finite].sum() / value[finite].square().sum())
-    if factor == 0:
+    if factor == 0 or _unlike(seen[finite], value[finite]):
         return None
     text = f"{int(e.hit.sum())} rows are {named(factor)} times the expected: a scale twice, missing, or another expert's?"
     return e.claim("constant_factor", text, value * factor, {"factor": factor, "scope": "all hit rows", **_power(factor)})
@@ -158,12 +158,17 @@ def _row_factors(e: Evidence) -> Claim | None:
     if len(e.rows) < 2 or bool(((value != 0).sum(-1) < ENOUGH).any()) or not bool(seen.isfinite().all()):
         return None
     factors = (value * seen).sum(-1) / value.square().sum(-1)
-    if bool((factors == 0).any()):
+    if bool((factors == 0).any()) or _unlike(seen, value * factors[:, None]):
         return None
     told = ", ".join(f"{named(f)} in row {int(r)}" for r, f in list(zip(e.rows, factors.tolist(), strict=True))[:3])
     text = f"{int(e.hit.sum())} rows are the expected times a factor of their own ({told}, ...)"
     claim = e.claim("constant_factor", text, value * factors[:, None], {"factors": factors.tolist()[:16], "scope": "row"})
     return None if claim is None else Claim(**{**vars(claim), "late": True})
+
+
+def _unlike(seen: Tensor, multiple: Tensor) -> bool:
+    """Whether what was seen does not look like a multiple: next to nothing is close to a small one of anything."""
+    return abs(float((seen * multiple).sum())) < math.sqrt(1 - OWN**2) * float(seen.norm() * multiple.norm())
 
 
 def named(factor: float) -> str:

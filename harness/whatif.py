@@ -23,6 +23,7 @@ from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
 AT_HAND = 3  # experts whose weights stay decoded: the one whose turn it is, and its two neighbours
+KEPT = 2**22  # weights that may stay decoded, 32 MiB of float64: all of a small layer, which is asked again and again
 SATURATES = Rounding(
     activated="fp32"
 )  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
@@ -46,30 +47,32 @@ class Packed:
 
 
 class Loader:
-    """Draws and decodes experts when asked and keeps the last AT_HAND of them."""
+    """Draws and decodes experts when asked and keeps the last AT_HAND of them, or more if they are small."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
+        shape = inputs.case.shape
+        self.room = max(AT_HAND, KEPT // max(1, 3 * shape.hidden * shape.inter))
         self._packed: dict[int, Packed] = {}
         self._decoded: dict[int, ExpertWeights] = {}
 
     def packed(self, expert: int) -> Packed:
         """The stored weights of one expert."""
         if expert not in self._packed:
-            _make_room(self._packed)
+            _make_room(self._packed, self.room)
             self._packed[expert] = Packed(*self.inputs.gate_up(expert), self.inputs.down(expert))
         return self._packed[expert]
 
     def weights(self, expert: int) -> ExpertWeights:
         """The decoded weights of one expert, float64."""
         if expert not in self._decoded:
-            _make_room(self._decoded)
+            _make_room(self._decoded, self.room)
             self._decoded[expert] = self.packed(expert).decode()
         return self._decoded[expert]
 
 
-def _make_room(kept: dict[int, Any]) -> None:
-    while len(kept) >= AT_HAND:
+def _make_room(kept: dict[int, Any], room: int) -> None:
+    while len(kept) >= room:
         del kept[next(iter(kept))]
 
 
@@ -148,6 +151,11 @@ class Layer:
         return make_inputs(self.case, self.device)
 
     @cached_property
+    def loader(self) -> Loader:
+        """Their experts."""
+        return Loader(self.inputs)
+
+    @cached_property
     def stale(self) -> Tensor:
         """float64 [tokens, hidden]: x of the previous call."""
         return make_inputs(self.case, self.device, variant="/previous").x.double()
@@ -175,13 +183,12 @@ class Layer:
     def expert_rows(self, expert: int, tokens: Tensor) -> Tensor:
         """What `expert` makes of tokens [n] whoever they were routed to, unweighted: [n, hidden] float64, CPU."""
         x = self.inputs.x[tokens.to(self.inputs.device)].double()
-        weights = Loader(self.inputs).weights(expert)
+        weights = self.loader.weights(expert)
         return forward(x, weights, ACTIVATIONS[self.case.activation], self.rounding).row.cpu()
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """The output [n, hidden] of tokens [n] under another routing of them, float64, CPU."""
-        loader = Loader(self.inputs)
-        experts = Experts(self.case.shape.experts, loader.weights, ACTIVATIONS[self.case.activation])
+        experts = Experts(self.case.shape.experts, self.loader.weights, ACTIVATIONS[self.case.activation])
         return moe(self.inputs.x[tokens.to(self.inputs.device)], routing, experts, self.rounding).cpu()
 
 
@@ -195,7 +202,7 @@ def spread(items: Tensor, most: int) -> Tensor:
 def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tuple[int, ...]) -> Study:
     """See `Layer.study`."""
     shape, inputs = layer.case.shape, layer.inputs
-    loader, tokens = Loader(inputs), tokens.to(inputs.device)
+    loader, tokens = layer.loader, tokens.to(inputs.device)
     routing = inputs.routing
     mine = Routing(routing.ids[tokens], routing.weights[tokens], routing.margin[tokens])
     rows = torch.zeros(len(tokens) * shape.top_k, shape.hidden, dtype=torch.float64, device=inputs.device)

@@ -29,6 +29,8 @@ CORE = (
     "known",
     "mechanisms",
     "memory",
+    "misread",
+    "misrouting",
     "mistakes",
     "oracle",
     "places",

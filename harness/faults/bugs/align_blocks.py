@@ -71,7 +71,16 @@ class NoTokensReturnTheMap(GroupedMoe):
         return self.step["x"], torch.empty(0, dtype=torch.int32)  # type: ignore[return-value]
 
 
-UNWRITTEN = ("non_finite", "never_written", "poison", "exception", "missing_slot", "missing_expert", "zeros")
+UNWRITTEN = (
+    "non_finite",
+    "nan_from_padding",
+    "never_written",
+    "poison",
+    "exception",
+    "missing_slot",
+    "missing_expert",
+    "zeros",
+)
 FAULTS = (
     planted("B078", AlignKernelDoesNothing, "https://github.com/sgl-project/sglang/issues/30245", (*UNWRITTEN, "stale")),
     planted("B174", NoTokensReturnTheMap, "https://github.com/ROCm/TransformerEngine/pull/161", ("output_type",)),

@@ -126,7 +126,7 @@ FAULTS = (
         "https://github.com/ROCm/aiter/issues/3933",
         ("non_finite", "nan_from_padding", "poison", "wrong_tile"),
     ),
-    planted("B164", TunedOneStage, "https://github.com/ROCm/aiter/issues/4788", ("constant_factor",)),
+    planted("B164", TunedOneStage, "https://github.com/ROCm/aiter/issues/4788", ("constant_factor", "wrong_scales")),
     planted("B186", BatchLimitOfOtherArch, "https://github.com/ggml-org/llama.cpp/issues/24064", ("exception",)),
     planted("B187", AssertsOneToken, "https://github.com/ggml-org/llama.cpp/pull/20323", ("death",)),
     planted("B125", StagesForgetDownBuffers, "https://github.com/flashinfer-ai/flashinfer/issues/3807", ("exception",)),

@@ -215,7 +215,10 @@ FAULTS = (
         ("repeat", "next_step", "other_weights", "constant_factor"),
     ),
     planted(
-        "B213", WeightOfPreviousRow, "https://github.com/vllm-project/vllm/issues/48895", ("zero_weight", "constant_factor")
+        "B213",
+        WeightOfPreviousRow,
+        "https://github.com/vllm-project/vllm/issues/48895",
+        ("zero_weight", "constant_factor", "wrong_weights"),
     ),
     planted(
         "B025",

@@ -175,16 +175,16 @@ class DescriptorRace(GroupedMoe):
 
 
 BEHIND = ("non_finite", "nan_from_padding", "poison", "exception")
-MISPLACED = ("scale_roll", "exception", "poison", "non_finite", "nan_from_padding")
+MISPLACED = ("wrong_scales", "scale_roll", "exception", "poison", "non_finite", "nan_from_padding")
 FAULTS = (
     planted("B047", ScaleTileLeavesBuffer, "https://github.com/vllm-project/vllm/pull/47910", BEHIND),
     planted("B156", PaddingBytesCount, "https://github.com/triton-lang/triton/pull/10190", ("non_finite", "nan_from_padding")),
     planted("B165", ScalesAddressedUnpadded, "https://github.com/ROCm/aiter/pull/4108", MISPLACED),
-    planted("B150", TransformGatedOnArch, "https://github.com/deepseek-ai/DeepGEMM/pull/403", ("scale_roll",)),
+    planted("B150", TransformGatedOnArch, "https://github.com/deepseek-ai/DeepGEMM/pull/403", ("scale_roll", "wrong_scales")),
     planted(
         "B093",
         DescriptorRace,
         "https://github.com/flashinfer-ai/flashinfer/issues/5438",
-        ("next_expert_scales", "repeat", "next_step", "other_weights", "scale_roll", "wrong_tile", "tail_tile"),
+        ("next_expert_scales", "repeat", "unstable", "next_step", "other_weights", "scale_roll", "wrong_tile", "tail_tile"),
     ),
 )

@@ -134,7 +134,7 @@ UNVISITED = ("non_finite", "nan_from_padding", "never_written", "poison", "wrong
 FAULTS = (
     planted("B158", SwappedDivisors, "https://github.com/meta-pytorch/applied-ai/issues/25", UNVISITED),
     planted("B190", FirstRowBlockOnly, "https://github.com/ggml-org/llama.cpp/pull/12316", UNVISITED),
-    planted("B039", StepSpansTwoScales, "https://github.com/vllm-project/vllm/pull/14987", ("scale_roll",)),
-    planted("B055", ConfigOverridesGroup, "https://github.com/vllm-project/vllm/pull/6502", ("scale_roll",)),
+    planted("B039", StepSpansTwoScales, "https://github.com/vllm-project/vllm/pull/14987", ("scale_roll", "wrong_scales")),
+    planted("B055", ConfigOverridesGroup, "https://github.com/vllm-project/vllm/pull/6502", ("scale_roll", "wrong_scales")),
     planted("B006", ExpertsFromWrongAxis, "https://github.com/vllm-project/vllm/issues/36008", ("exception",)),
 )

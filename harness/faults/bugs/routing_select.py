@@ -158,10 +158,12 @@ class NoLaneEqualsNan(OwnRouter):
 _V3 = "https://github.com/vllm-project/vllm/pull/13474"
 _CAPACITY = "https://github.com/flashinfer-ai/flashinfer/pull/5165"
 _F32 = "https://github.com/flagos-ai/FlagGems/pull/5469"
-MISROUTED = ("wrong_expert", "missing_slot", "missing_expert")  # another expert came in where the right one was due
+# Another expert came in where the right one was due; where its score is 0, as in the exact fill, what one sees is the right
+# experts without the one that had to go, and with the weights that renormalising leaves them.
+MISROUTED = ("wrong_expert", "missing_slot", "missing_expert", "wrong_weights")
 FAULTS = (
-    planted("B014", GroupScoreIsItsMaximum, _V3, ("wrong_expert",)),
-    planted("B014", DroppedGroupsScoreZero, _V3, ("wrong_expert",)),
+    planted("B014", GroupScoreIsItsMaximum, _V3, MISROUTED),
+    planted("B014", DroppedGroupsScoreZero, _V3, MISROUTED),
     planted("B059", NoLaneEqualsNan, "https://github.com/sgl-project/sglang/pull/30079", ("exception", "non_finite")),
     planted(
         "B114", InvalidScoreIsZero, "https://github.com/flashinfer-ai/flashinfer/issues/2168", ("exception", "missing_slot")
@@ -169,6 +171,6 @@ FAULTS = (
     planted("B115", StaleCandidateSlots, _CAPACITY, ("exception", "poison", "non_finite", "wrong_expert", "missing_slot")),
     planted("B115", ExpertCapacityCountsGroups, _CAPACITY, ("exception",)),
     planted("B129", FewExpertsRefused, "https://github.com/flashinfer-ai/flashinfer/pull/2451", ("exception",)),
-    planted("B201", SelectionScoresInBf16, _F32, ("wrong_expert",)),
-    planted("B201", PaddedLanesNotMaskedAgain, _F32, ("exception", "missing_slot", "wrong_expert")),
+    planted("B201", SelectionScoresInBf16, _F32, MISROUTED),
+    planted("B201", PaddedLanesNotMaskedAgain, _F32, ("exception", "zeros", *MISROUTED)),
 )

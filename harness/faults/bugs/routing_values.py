@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.faults.bugs.routing_select import OwnRouter
+from harness.faults.bugs.routing_select import MISROUTED, OwnRouter
 from harness.faults.fault import planted
 from harness.twins.grouped import GroupedMoe
 from harness.twins.memory import load, store
@@ -120,7 +120,7 @@ FAULTS = (
         "https://github.com/vllm-project/vllm/pull/55147",
         ("zeros", "missing_slot", "missing_expert", "wrong_expert", "poison", "exception"),
     ),
-    planted("B054", BiasReadAsBf16, "https://github.com/vllm-project/vllm/pull/25711", ("wrong_expert",)),
+    planted("B054", BiasReadAsBf16, "https://github.com/vllm-project/vllm/pull/25711", MISROUTED),
     planted(
         "B085",
         SumBeforeTheWarpHasWritten,
@@ -130,7 +130,7 @@ FAULTS = (
     planted("B112", AlwaysRenormalized, _NORM, ("constant_factor", "unweighted")),
     planted("B112", DefaultRoutingMissing, _NORM, ("exception",)),
     planted("B118", LogitsStrideIgnored, "https://github.com/flashinfer-ai/flashinfer/pull/4713", ("strided_inputs",)),
-    planted("B173", BiasBufferCastToBf16, "https://github.com/NVIDIA/Megatron-LM/issues/1482", ("wrong_expert",)),
+    planted("B173", BiasBufferCastToBf16, "https://github.com/NVIDIA/Megatron-LM/issues/1482", MISROUTED),
     planted(
         "B217",
         WeightsReloadedFromTheOutput,

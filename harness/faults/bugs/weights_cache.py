@@ -98,7 +98,7 @@ FAULTS = (
         "B069",
         OrderInReleasedMemory,
         "https://github.com/sgl-project/sglang/pull/28676",
-        ("other_weights", "expert_parallel", "non_finite"),
+        ("other_weights", "expert_parallel", "non_finite", "weight_order"),
     ),
     planted(
         "B120", AlphasNotInKey, "https://github.com/flashinfer-ai/flashinfer/pull/3066", ("other_weights", "constant_factor")

@@ -156,7 +156,7 @@ VLLM, SGLANG, MEGATRON = (
 )
 FAULTS = (
     planted("B063", LoaderNotToldUpFirst, f"{SGLANG}/pull/32430", ("gate_up_swap",)),
-    planted("B168", NoteLostInParameter, "https://github.com/ROCm/aiter/pull/4542", ("unexplained",)),
+    planted("B168", NoteLostInParameter, "https://github.com/ROCm/aiter/pull/4542", ("weight_order",)),
     planted("B170", TrainingHalves, f"{MEGATRON}/pull/6045", ("gate_up_swap",)),
     planted("B170", UngatedActivationType, f"{MEGATRON}/pull/6045", ("exception",)),
     planted("B194", ViewStrideIgnored, "https://github.com/linkedin/Liger-Kernel/pull/1377", ("wrong_expert",)),

@@ -190,11 +190,11 @@ class ZeroBlockScaleNan(SaturatedExport):
 
 FLASHINFER = "https://github.com/flashinfer-ai/flashinfer"
 FAULTS = (
-    planted("B004", GlobalScalesByRow, f"{VLLM}/pull/41711", ("scale_roll",)),
-    planted("B004", GlobalScaleOfFirstExpert, f"{VLLM}/pull/41711", ("scale_roll", "constant_factor")),
+    planted("B004", GlobalScalesByRow, f"{VLLM}/pull/41711", ("scale_roll", "wrong_scales")),
+    planted("B004", GlobalScaleOfFirstExpert, f"{VLLM}/pull/41711", ("scale_roll", "constant_factor", "wrong_scales")),
     planted("B024", SwizzleUnpadded, f"{VLLM}/pull/23140", ("exception",)),
-    planted("B048", SwizzledAtLoadOnly, f"{VLLM}/pull/54773", ("zeros", "missing_expert")),
-    planted("B083", ShardCutsScaleBlock, f"{SGLANG}/pull/9473", ("scale_roll",)),
+    planted("B048", SwizzledAtLoadOnly, f"{VLLM}/pull/54773", ("zeros", "missing_expert", "wrong_scales")),
+    planted("B083", ShardCutsScaleBlock, f"{SGLANG}/pull/9473", ("scale_roll", "wrong_scales")),
     planted("B103", ScalePaddingUnwritten, f"{FLASHINFER}/issues/3057", ("nan_from_padding", "non_finite", "poison")),
     planted("B130", ScaleColumnsAssert, f"{FLASHINFER}/issues/2122", ("exception",)),
     planted("B199", ZeroBlockScaleNan, "https://github.com/NVIDIA/Model-Optimizer/pull/1397", ("non_finite",)),
