@@ -1,4 +1,4 @@
-"""The command line: doctor, list, run, repro; faults (cli_faults.py) and audit (cli_audit.py).
+"""The command line: doctor, list, run, repro; faults, audit and shrink in cli_faults.py, cli_audit.py and cli_shrink.py.
 
 Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
 """
@@ -22,6 +22,7 @@ from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
 from harness.cli_faults import faults
+from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
 from harness.errors import MoecheckError
 from harness.known import mark
@@ -142,6 +143,7 @@ def _sanitized(orders: list[sanitizers.Order], tool: str, limit: float) -> int:
 
 
 app.command()(faults)
+app.command()(shrink)
 
 
 @app.command()

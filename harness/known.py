@@ -45,6 +45,12 @@ class KnownIssue:
         return verdict.status is self.status and self.text in verdict.reason
 
 
+def of_any_size(issues: Iterable[KnownIssue], sizes: Iterable[str]) -> tuple[KnownIssue, ...]:
+    """The issues for cases between the plan's levels, which are what an entry lists for the axes in `sizes`."""
+    unlisted = frozenset(sizes)
+    return tuple(replace(i, match={axis: v for axis, v in i.match.items() if axis not in unlisted}) for i in issues)
+
+
 def mark(verdict: Verdict, issues: Iterable[KnownIssue]) -> Verdict:
     """The verdict with the id of the issue that applies to it, if any."""
     for issue in issues:

@@ -65,14 +65,19 @@ def session_of(config: pytest.Config) -> Session:
     return config.stash[_SESSION]
 
 
+def planned(config: pytest.Config) -> list[Item]:
+    """What this pytest run is to judge; none where the plan cannot be made, which ends it after the collection."""
+    try:
+        return session_of(config).todo
+    except MoecheckError as error:  # pytest.exit here would be a collection error with a traceback and exit code 2
+        config.stash[_ERROR] = error
+        return []
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per planned item."""
     if "verdict" in metafunc.fixturenames:
-        items: list[Item] = []
-        try:
-            items = session_of(metafunc.config).todo
-        except MoecheckError as error:  # pytest.exit here would be a collection error with a traceback and exit code 2
-            metafunc.config.stash[_ERROR] = error
+        items = planned(metafunc.config)
         ids = [f"{item.subject}:{item.case_id}" for item in items]
         metafunc.parametrize("verdict", items, ids=ids, indirect=True)
 

@@ -1,0 +1,82 @@
+"""Which values each axis of a case may take, the plainest first: what Hypothesis draws from and shrinking walks down. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.backends.base import Backend
+from harness.case import FILLS, LIMITS, SKEWS, Case, Limit
+from reference.routing import RULES
+
+Value = int | str
+SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
+# In this order of drawing every axis finds the ones it depends on decided: groups want experts, top_k wants both.
+ORDER = ("fill", "tokens", "hidden", "inter", "experts", "routing", "top_k", "activation", "skew", "seed")
+PLAIN = {  # what comes first; the rest in the order of its declaration
+    "routing": ("renormalize", "default"),
+    "activation": ("silu", "swiglu"),
+    "fill": ("exact", "real"),
+    "skew": ("uniform",),
+}
+SEEDS = 1 << 16
+NARROWEST = 8  # columns drawn: on fewer, stale or zeroed outputs pass by chance, and the verdict is UNTRUSTED
+
+
+@dataclass(frozen=True)
+class Space:
+    """values: axis of ORDER -> what it may be, the plainest first; limits: what forbids combinations of them."""
+
+    values: Mapping[str, Sequence[Value]] = field(repr=False)  # Hypothesis prints what a strategy was made of
+    limits: tuple[Limit, ...] = field(repr=False)
+
+    def choices(self, case: Case, axis: str) -> Sequence[Value]:
+        """The values that keep a legal case legal when they replace its own on `axis`; the plainest first."""
+        limits = [limit for limit in self.limits if axis in limit.axes]
+        if not limits:
+            return self.values[axis]
+        moves = ((value, moved(case, axis, value)) for value in self.values[axis])
+        return [value for value, other in moves if all(limit.refuses(other) is None for limit in limits)]
+
+    def takes(self, case: Case) -> bool:
+        """Does no limit forbid this case?"""
+        return all(limit.refuses(case) is None for limit in self.limits)
+
+    def plainest(self, case: Case) -> Case:
+        """Every axis as plain as the others let it be, from any case of the space."""
+        before = None
+        while case != before:
+            before = case
+            for axis in ORDER:
+                case = moved(case, axis, next(iter(self.choices(case, axis)), case.axes[axis]))
+        return case
+
+
+def moved(case: Case, axis: str, value: Value) -> Case:
+    """The case with one axis of ORDER replaced. `Case.vary` parses the recipe again: ten times as long."""
+    if axis in SIZES:
+        return replace(case, shape=replace(case.shape, **{axis: value}))  # type: ignore[arg-type]
+    return replace(case, **{axis: value})  # type: ignore[arg-type]
+
+
+def below(case: Case, backend: Backend) -> Space:
+    """Everything a failing case can be shrunk to: sizes up to its own, the names that the backend takes, the seed 0."""
+    largest = {name: max(1, int(case.axes[name])) for name in SIZES}
+    names = {"routing": backend.routings or tuple(RULES), "activation": backend.activations, "fill": FILLS, "skew": SKEWS}
+    return _space(largest, {**names, "seed": (0, case.seed)}, (*LIMITS, *backend.limits))
+
+
+def within(axes: Mapping[str, Sequence[Value]], limits: Sequence[Limit]) -> Space:
+    """Everything between the levels of a plan's `axes` too: sizes up to the power of two at or above the largest level."""
+    largest = {name: 1 << (max(int(v) for v in axes[name]) - 1).bit_length() for name in SIZES}
+    names = {name: axes[name] for name in ("routing", "activation", "fill", "skew")}
+    space = _space(largest, {**names, "seed": range(SEEDS)}, (*LIMITS, *limits))
+    wide = {name: space.values[name][NARROWEST - 1 :] for name in ("hidden", "inter")}
+    return Space({**space.values, **wide}, space.limits)
+
+
+def _space(largest: Mapping[str, int], names: Mapping[str, Sequence[Value]], limits: tuple[Limit, ...]) -> Space:
+    sizes: dict[str, Sequence[Value]] = {name: range(1, most + 1) for name, most in largest.items()}
+    sizes["tokens"] = (*sizes["tokens"], 0)  # no token at all is stranger than many
+    plain = {name: [*(v for v in PLAIN.get(name, ()) if v in values), *values] for name, values in names.items()}
+    return Space({**sizes, **{name: tuple(dict.fromkeys(values)) for name, values in plain.items()}}, limits)
