@@ -117,6 +117,7 @@ def repro(
     chosen = [item.subject for item in plan.make(request, found, device).items]
     failed = False
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
+        worker.repeats = config.tier("nightly").repeats
         for subject in chosen:
             verdict = mark(worker.judge(case, subject), config.known_issues())
             out.print(explain(verdict), markup=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.backends.base import Backend, Device, Launch, checked_probe
 from harness.case import Case
-from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
+from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, soaked, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.inputs import Inputs, make_inputs
@@ -47,10 +47,11 @@ class Progress:
 @dataclass(frozen=True)
 class Options:
     """checks: how many relations to ask of a case, None for all that apply; rules(subject): what other acceptance rules say
-    of the first call's output, for the record only."""
+    of the first call's output, for the record only; repeats: bare calls at the end, each to give the first one's bits."""
 
     checks: int | None = None
     rules: Callable[[Subject], dict[str, bool]] | None = None
+    repeats: int = 0
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     comparison = compare(expected, subject.result)
     if comparison.agrees and not findings:
         progress.at(Stage.RELATIONS)
-        findings = _relations(subject, options.checks)
+        findings = _relations(subject, options)
     verdict = _conclude(subject, comparison, findings)
     if options.rules is not None and case.shape.tokens:
         verdict = replace(verdict, rules=options.rules(subject))
@@ -162,11 +163,12 @@ def _memory(subject: Subject, zones: RedZones, before: Snapshot, given: Inputs) 
     return [] if finding is None else [finding]
 
 
-def _relations(subject: Subject, limit: int | None) -> list[Finding]:
-    for check in chosen(subject, limit):
+def _relations(subject: Subject, options: Options) -> list[Finding]:
+    for check in chosen(subject, options.checks):
         if finding := check.run(subject):
             return [finding]
-    return []
+    finding = soaked(subject, options.repeats)
+    return [] if finding is None else [finding]
 
 
 def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:

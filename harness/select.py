@@ -79,8 +79,16 @@ def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) ->
     }
     if not all(mine.values()):
         return []
-    cases = [TEMPLATE.vary(**row) for row in cover(mine, limits, strength)]
+    cases = [TEMPLATE.vary(**row) for row in _rows(mine, limits, strength)]
     return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
+
+
+def _rows(axes: Axes, limits: Sequence[Limit], strength: int) -> list[dict[str, Any]]:
+    """Batches with tokens, and empty ones apart: a combination that only an empty batch has tests nothing. Both together
+    hold every `strength`-way combination, those with 0 tokens included."""
+    tokens = [t for t in axes["tokens"] if t]
+    rows = cover({**axes, "tokens": tokens}, limits, strength) if tokens else []
+    return rows + (cover({**axes, "tokens": [0]}, limits, max(1, strength - 1)) if 0 in axes["tokens"] else [])
 
 
 def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength: int) -> tuple[int, int]:

@@ -135,7 +135,8 @@ def _workers(campaign: Campaign, logs: Path) -> Iterator[list[Supervisor]]:
             folder = logs / str(number)
             folder.mkdir()
             found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, LIMIT_S))
-            found[-1].checks = config.tier(campaign.tier).checks
+            tier = config.tier(campaign.tier)
+            found[-1].checks, found[-1].repeats = tier.checks, tier.repeats
             found[-1].rules = True
         yield found
     finally:
