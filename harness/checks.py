@@ -128,7 +128,7 @@ def untrusted(case: Case, expected: Expected) -> str | None:
         return "the expected output is not finite"
     if bool(expected.ambiguous.all()):
         return "every token's routing is a near tie"
-    if case.fill == "exact" and not expected.exact:
+    if case.exact and not expected.exact:
         return f"the exact fill is not exact here: {expected.reason}"
     out = get(case.recipe.out).torch_dtype
     assert out is not None  # a plain format, as every out is

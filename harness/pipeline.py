@@ -21,6 +21,7 @@ from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.inputs import Inputs, make_inputs
 from harness.memory import NAN, RedZones, poisoned
+from harness.named import named
 from harness.oracle import Expected, expect
 from harness.relations import chosen
 from harness.subject import Subject, SubjectError, guarded, malformed, synchronised
@@ -172,7 +173,10 @@ def _relations(subject: Subject, options: Options) -> list[Finding]:
 
 
 def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:
-    diagnosis = None if comparison.agrees else diagnose(subject.expected, subject.result, comparison, findings)
+    diagnosis = None
+    if not comparison.agrees:
+        diagnosis = diagnose(subject.expected, subject.result, comparison, findings)
+        diagnosis = named(diagnosis, subject.expected, subject.result)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
     name = subject.backend.name

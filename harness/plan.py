@@ -128,6 +128,9 @@ def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device:
     for backend in chosen:
         axes = platform_axes(platform, tier, backend.name)
         cases = plan_backend(axes, backend, device, tier.strength) + _production(platform.name, tier, backend, device, root)
+        if tier.probes:
+            probes: dict[str, list[int | str]] = {**axes, "fill": list(tier.probes), "tokens": [t for t in axes["tokens"] if t]}
+            cases += plan_backend(probes, backend, device, max(1, tier.strength - 1))
         items += [Item(case.id, backend.name) for case in cases]
     return sorted(items)
 

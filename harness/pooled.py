@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from harness.case import Case
-from harness.compare import FALSE_ALARM, mean_z2_limit
+from harness.compare import mean_z2_limit
+from harness.ratio import FALSE_ALARM
 from harness.verdict import Comparison, Status, Verdict
 
 WHOLE = "all"
