@@ -145,8 +145,8 @@ class ProductionRow(Strict):
 
 class Tier(Strict):
     """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
-    repeats: bare calls at the end of each case, for the bits of the first; probes: fills that a plan has beside its fill
-    axis, one way less strongly combined."""
+    repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
+    are planned once more."""
 
     name: str
     strength: int = Field(ge=1, le=3)

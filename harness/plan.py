@@ -14,7 +14,7 @@ from harness import config
 from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
-from harness.select import Item, plan_backend
+from harness.select import Item, plan_backend, probes
 
 NAME = "plan.json"
 SCHEMA = 1
@@ -127,10 +127,8 @@ def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device:
     items = []
     for backend in chosen:
         axes = platform_axes(platform, tier, backend.name)
-        cases = plan_backend(axes, backend, device, tier.strength) + _production(platform.name, tier, backend, device, root)
-        if tier.probes:
-            probes: dict[str, list[int | str]] = {**axes, "fill": list(tier.probes), "tokens": [t for t in axes["tokens"] if t]}
-            cases += plan_backend(probes, backend, device, max(1, tier.strength - 1))
+        cases = plan_backend(axes, backend, device, tier.strength)
+        cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
         items += [Item(case.id, backend.name) for case in cases]
     return sorted(items)
 

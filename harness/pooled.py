@@ -38,10 +38,14 @@ class Pool:
         """True iff a right kernel's mean would not be so large."""
         return self.mean_z2 > self.limit
 
+    @property
+    def name(self) -> str:
+        """The cases in words."""
+        return "all its real cases" if self.axis == WHOLE else f"its real cases of {self.axis} {self.level}"
+
     def __str__(self) -> str:
-        which = "all its real cases" if self.axis == WHOLE else f"its real cases of {self.axis} {self.level}"
         errors = f"{self.cases} cases, {self.independent:.0f} independent errors"
-        return f"precision: mean z^2 {self.mean_z2:.3f} over {which} exceeds {self.limit:.3f} ({errors})"
+        return f"precision: mean z^2 {self.mean_z2:.3f} over {self.name} exceeds {self.limit:.3f} ({errors})"
 
 
 def pools(verdicts: Iterable[Verdict]) -> list[Pool]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
@@ -12,6 +14,7 @@ from harness.faults.campaign import CleanRun
 from harness.faults.catalogue import FAULTS
 from harness.faults.score import Score, score
 from harness.pooled import alarms, pools
+from harness.report import junit
 from harness.select import Item
 from harness.verdict import Comparison, Stage, Status, Verdict
 
@@ -53,6 +56,15 @@ def test_a_pool_holds_one_subject_and_only_what_passed() -> None:
     good, bad = [verdict(c, 1.0, "good") for c in CASES], [verdict(c, 1.35, "bad") for c in CASES]
     assert [p.subject for p in alarms(good + bad)] == ["bad"]
     assert not alarms([replace(v, status=Status.UNSTABLE) for v in bad])
+
+
+def test_the_alarm_of_a_pool_reaches_ci(tmp_path: Path) -> None:
+    """Every testcase green would let the build pass."""
+    verdicts = drawn(1, excess=1.3)
+    junit.write(tmp_path / "junit.xml", [Item(v.case_id, v.subject) for v in verdicts], verdicts)
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
+    assert (suite.get("failures"), suite.get("tests")) == ("1", str(len(verdicts) + 1))
+    assert "precision" in str(suite.findall("testcase/failure")[0].get("message"))
 
 
 def test_a_verdict_of_an_older_journal_is_in_no_pool() -> None:
