@@ -19,7 +19,7 @@ from reference.routing import RULES
 
 OPS = ("moe",)
 ACTIVATION_FORMATS = ("standard",)
-FILLS = ("exact", "real")
+FILLS = ("exact", "real", "onehot", "idcode")  # the last two: exact probes, harness/idcode.py
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
 AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
@@ -160,6 +160,11 @@ class Case:
         return next((reason for limit in LIMITS if (reason := limit.refuses(self))), None)
 
     @property
+    def exact(self) -> bool:
+        """Are bits due: is it the exact fill, or a probe?"""
+        return self.fill != "real"
+
+    @property
     def scaled(self) -> bool:
         """Does the routing rule multiply its weights by a factor of its own?"""
         return RULES[self.routing].scale.as_integer_ratio()[0] > 1
@@ -244,13 +249,13 @@ def _half(case: Case) -> str | None:
 
 
 def _exact_activation(case: Case) -> str | None:
-    if case.fill == "exact" and not ACTIVATIONS[case.activation].exact:
+    if case.exact and not ACTIVATIONS[case.activation].exact:
         return f"{case.activation} has no exact fill: it does not saturate to the identity"
     return None
 
 
 def _exact_weights(case: Case) -> str | None:
-    if case.fill != "exact":
+    if not case.exact:
         return None
     if case.shape.top_k & (case.shape.top_k - 1):
         return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {case.shape.top_k}"
@@ -260,11 +265,23 @@ def _exact_weights(case: Case) -> str | None:
 
 
 def _exact_middle(case: Case) -> str | None:
-    if case.fill == "exact":
+    if case.exact:
         try:
             Products.of(case.recipe.weights, case.recipe.middle, ACTIVATIONS[case.activation].gated, case.scaled)
         except ValueError as error:
             return f"recipe {case.recipe} has no exact fill: {error}"
+    return None
+
+
+def _probe_recipe(case: Case) -> str | None:
+    if case.fill == "idcode" and not (_plain(case.recipe.acts) and _plain(case.recipe.middle)):
+        return f"recipe {case.recipe}: the idcode fill has no anchors for the scales of quantised activations"
+    return None
+
+
+def _probe_hidden(case: Case) -> str | None:
+    if case.fill in ("onehot", "idcode") and case.shape.hidden < LEAST_QUANTISED:
+        return f"hidden {case.shape.hidden}: a probe wants at least {LEAST_QUANTISED} columns"
     return None
 
 
@@ -278,4 +295,6 @@ LIMITS = (
     Limit(("fill", "activation"), _exact_activation),
     Limit(("fill", "routing", "top_k"), _exact_weights),
     Limit(("fill", "recipe", "activation", "routing"), _exact_middle),
+    Limit(("fill", "recipe"), _probe_recipe),
+    Limit(("fill", "hidden"), _probe_hidden),
 )

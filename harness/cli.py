@@ -124,6 +124,7 @@ def repro(
         orders = [sanitizers.Order(case.id, name, device, plugins, str(folder / f"{name}.json")) for name in chosen]
         raise typer.Exit(_sanitized(orders, sanitizer, limit))
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
+        worker.repeats = config.tier("nightly").repeats
         for subject in chosen:
             verdict = mark(worker.judge(case, subject), config.known_issues())
             out.print(explain(verdict), markup=False)

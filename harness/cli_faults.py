@@ -55,7 +55,7 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     Console(width=180, highlight=False, file=out.file, force_terminal=out.is_terminal).print(matrix.table(scores))
     for line in matrix.summary(scores, runs):
         out.print(line, markup=False)
-    bad = any(not s.kills for s in scores) or any(r.alarms for r in runs)
+    bad = any(not s.kills for s in scores) or any(r.alarms or r.pools for r in runs)
     raise typer.Exit(SURVIVED if bad else 0)
 
 

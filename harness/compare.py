@@ -52,6 +52,7 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
         rows_hit=int(bad.any(-1).sum()),
         experts_hit=_experts_hit(expected, bad),
         samples=_samples(expected, actual, z, torch.where(finite, error, torch.inf) * bad),
+        independent=expected.independent,
     )
 
 
@@ -70,10 +71,10 @@ def z_limit(elements: int) -> float:
     return -NormalDist().inv_cdf(FALSE_ALARM / (2 * max(1, elements)))
 
 
-def mean_z2_limit(independent: float) -> float:
-    """1 + slack + what chance adds to the mean of n squared normal errors with probability FALSE_ALARM at most:
-    2 sqrt(x / n) + 2 x / n, x = log(1 / FALSE_ALARM) (Laurent and Massart 2000, lemma 1)."""
-    chance = math.sqrt(-math.log(FALSE_ALARM) / max(independent, 1e-9))
+def mean_z2_limit(independent: float, false_alarm: float = FALSE_ALARM) -> float:
+    """1 + slack + what chance adds to the mean of n squared normal errors with probability `false_alarm` at most:
+    2 sqrt(x / n) + 2 x / n, x = log(1 / false_alarm) (Laurent and Massart 2000, lemma 1)."""
+    chance = math.sqrt(-math.log(false_alarm) / max(independent, 1e-9))
     return 1 + MEAN_Z2_SLACK + 2 * chance + 2 * chance**2
 
 

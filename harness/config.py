@@ -144,15 +144,25 @@ class ProductionRow(Strict):
 
 
 class Tier(Strict):
-    """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply."""
+    """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
+    repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
+    are planned once more."""
 
     name: str
     strength: int = Field(ge=1, le=3)
     limit_s: float = Field(gt=0)
     checks: int | None = Field(default=None, ge=0)
+    repeats: int = Field(default=0, ge=0)
+    probes: tuple[str, ...] = ()
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}
+
+    @field_validator("probes")
+    @classmethod
+    def known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Fills, by name."""
+        return Axes(fill=names).fill or ()
 
 
 class _Issue(Strict):

@@ -20,6 +20,7 @@ from harness import fills
 from harness.anchors import Anchors, Products, anchors
 from harness.case import Case
 from harness.hashing import Stream
+from harness.idcode import own_columns
 from reference.activation import ACTIVATIONS, SATURATED
 from reference.format import Quantized
 from reference.formats import get
@@ -82,7 +83,9 @@ class ExactLayer:
 
     @property
     def span(self) -> int:
-        """Columns of a span."""
+        """Columns of a span; of a one-hot token all of them."""
+        if self.case.fill == "onehot":
+            return self.case.shape.hidden
         return max(LEAST_SPAN, -(-self.case.shape.hidden // X_ENTRIES))
 
     @property
@@ -100,7 +103,10 @@ class ExactLayer:
         tokens, hidden = self.case.shape.tokens, self.case.shape.hidden
         words = stream.fields(tokens, self.spans, 32)
         values = torch.zeros(tokens, self.spans, self.span, device=self.device)
-        values.scatter_(2, ((words >> 8) % self.span).unsqueeze(-1), (1 + (words & 1)).float().unsqueeze(-1))
+        places = (words >> 8) % self.span
+        if self.case.fill == "onehot":
+            places = own_columns(self._live(), tokens, stream)[:, None]
+        values.scatter_(2, places.unsqueeze(-1), (1 + (words & 1)).float().unsqueeze(-1))
         values = values.flatten(1)[:, :hidden].contiguous()
         values[:, -self.features :] = 1
         fmt = get(self.case.recipe.acts)
@@ -110,6 +116,13 @@ class ExactLayer:
                 power.fill_(int(math.log2(X_SCALE)))
             values[:, self.columns.at] = fills.peak(fmt) * torch.exp2(-power.float())
         return values
+
+    def _live(self) -> Tensor:
+        """int64 [n]: the columns that weights read and that are not the same in every token."""
+        live = torch.ones(self.case.shape.hidden, dtype=torch.bool, device=self.device)
+        live[self.columns.at] = False
+        live[-self.features :] = False
+        return live.nonzero().flatten()
 
     def gate(self, expert: int) -> Quantized:
         """[inter, hidden] of 0 and SATURATED, but for the anchors."""

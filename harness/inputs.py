@@ -14,6 +14,7 @@ from harness import fills
 from harness.case import Case
 from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
+from harness.idcode import IdLayer
 from reference.activation import ACTIVATIONS
 from reference.format import Quantized
 from reference.formats import get
@@ -86,7 +87,7 @@ class Inputs:
         """What GEMM 2's quantiser is handed where its format's scaling is `static`: the global scale, or what a value is
         multiplied by to become a code (encode sense, a power of two). None where scales are derived from the values."""
         fmt = get(self.case.recipe.middle)
-        if self.case.fill == "exact":
+        if self.case.exact:
             return self._exact.middle_scale
         if fmt.scaling is None or not fmt.scaling.static:
             return None
@@ -102,8 +103,8 @@ class Inputs:
         return torch.tensor(self.middle_scale, device=self.device)
 
     @cached_property
-    def _exact(self) -> ExactLayer:
-        return ExactLayer(self.case, self.device)
+    def _exact(self) -> ExactLayer | IdLayer:
+        return exact_layer(self.case, self.device)
 
     @cached_property
     def routing(self) -> Routing:
@@ -139,7 +140,7 @@ class Inputs:
 
     def _gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         gated = ACTIVATIONS[self.case.activation].gated
-        if self.case.fill == "exact":
+        if self.case.exact:
             return self._exact.gate(expert), self._exact.up(expert) if gated else None
         shape = (self.case.shape.inter, self.case.shape.hidden)
         gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in (GATE_STD, UP_STD))
@@ -147,7 +148,7 @@ class Inputs:
         return gate, self._real(f"up.{expert}", shape, up_rms) if gated else None
 
     def _down(self, expert: int) -> Quantized:
-        if self.case.fill == "exact":
+        if self.case.exact:
             return self._exact.down(expert)
         shape = self.case.shape
         return self._real(f"down.{expert}", (shape.hidden, shape.inter), math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS)
@@ -161,6 +162,11 @@ class Inputs:
 
     def _real(self, name: str, shape: tuple[int, int], rms: float) -> Quantized:
         return fills.real(get(self.case.recipe.weights), shape, Stream(self.case.seed, f"real.{name}", self.device), rms)
+
+
+def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:
+    """The integers of a case at which bits are due."""
+    return IdLayer(case, device) if case.fill == "idcode" else ExactLayer(case, device)
 
 
 def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
@@ -184,8 +190,8 @@ def _x(case: Case, stream: Stream) -> tuple[Tensor, float | None]:
     """x, and what a static acts format is handed to quantise it."""
     fmt, carrier = get(case.recipe.acts), get(case.recipe.carrier)
     shape = (case.shape.tokens, case.shape.hidden)
-    if case.fill == "exact":
-        x, scale = ExactLayer(case, stream.device).x(stream).to(carrier.torch_dtype), X_SCALE
+    if case.exact:
+        x, scale = exact_layer(case, stream.device).x(stream).to(carrier.torch_dtype), X_SCALE
     elif fmt.scaling is None:
         return fills.real(fmt, shape, stream, X_RMS).codes, None
     else:
@@ -199,7 +205,7 @@ def _logits(case: Case, stream: Stream) -> Tensor:
     keys = stream.fields(tokens, experts, 32) + _handicap(case, stream)
     order = keys.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(experts, device=order.device).expand_as(order))
-    if case.fill == "exact":
+    if case.exact:
         return torch.where(rank < case.shape.top_k, CHOSEN, REJECTED).float()
     spread = 1 + (stream.child("spread").fields(tokens, 1, 4) & 3).float() / 8
     return torch.where(rank < 16, 3 - rank / 4, -1 - (rank - 16) / 32).float() * spread

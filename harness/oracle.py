@@ -71,7 +71,7 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     shape, activation = case.shape, ACTIVATIONS[case.activation]
     slots = shape.tokens * shape.top_k
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
-    emulated = zero.clone() if declared is None and case.fill != "exact" else None
+    emulated = zero.clone() if declared is None and not case.exact else None
     rows = _Accumulated(zero, zero.clone(), zero.new_zeros(slots, 2), emulated)
     layer, loader, impostors = Layer(case, inputs.device), Loader(inputs), guarding(case) if guard else {}
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
@@ -86,10 +86,10 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
             rows.baseline[mine] = forward(done.x, weights, activation, rounding).row
         if impostors:
             bystander.see(expert, mine, done)
-        if case.fill == "exact":
+        if case.exact:
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
-    if case.fill == "exact":
+    if case.exact:
         rows.inexact += _moved(rounding, {"x": (inputs.x.double(),)})
     expected = _assemble(case, inputs, rounding, rows)
     wrong = dict(zip(impostors, bystander.outputs(expected.value.to(inputs.device)), strict=True))
@@ -117,7 +117,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     value = finalize(per_token(rows.row), routing.weights)
     variance = finalize_variance(per_token(rows.row), per_token(rows.variance), routing.weights, rounding)
     rounded = finalize(per_token(rows.row), routing.weights, rounding)
-    if case.fill == "exact" and not torch.equal(rounded, value):
+    if case.exact and not torch.equal(rounded, value):
         rows.inexact.append("rounding changes the sum over experts")
     one_less = routing.weights.clone()
     one_less[:, -1] = 0
@@ -127,7 +127,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
         independent=_independent(inputs, rows),
-        exact=case.fill == "exact" and not rows.inexact,
+        exact=case.exact and not rows.inexact,
         reason="; ".join(dict.fromkeys(rows.inexact)),
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),

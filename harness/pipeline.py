@@ -16,12 +16,13 @@ from torch import Tensor
 
 from harness.backends.base import Backend, Device, checked_probe
 from harness.case import Case
-from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
+from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, soaked, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.guard import Violation
 from harness.inputs import Inputs, make_inputs
 from harness.memory import NAN, RedZones, poisoned
+from harness.named import named
 from harness.oracle import Expected, expect
 from harness.relations import chosen
 from harness.subject import Subject, SubjectError, guarded, malformed, prepared, synchronised
@@ -49,11 +50,12 @@ class Progress:
 class Options:
     """checks: how many relations to ask of a case, None for all that apply; rules(subject): what other acceptance rules say
     of the first call's output, for the record only; zones: red zones around the buffers, which a sanitizer would take for
-    memory that the kernel may use."""
+    memory that the kernel may use; repeats: bare calls at the end, each to give the first one's bits."""
 
     checks: int | None = None
     rules: Callable[[Subject], dict[str, bool]] | None = None
     zones: bool = True
+    repeats: int = 0
 
 
 @dataclass
@@ -144,7 +146,7 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     comparison = compare(expected, subject.result)
     if comparison.agrees and not findings:
         progress.at(Stage.RELATIONS)
-        findings = _relations(subject, options.checks)
+        findings = _relations(subject, options)
     verdict = _conclude(subject, comparison, findings)
     if options.rules is not None and case.shape.tokens:
         verdict = replace(verdict, rules=options.rules(subject))
@@ -163,15 +165,19 @@ def _memory(subject: Subject, zones: RedZones, before: Snapshot, given: Inputs) 
     return [] if finding is None else [finding]
 
 
-def _relations(subject: Subject, limit: int | None) -> list[Finding]:
-    for check in chosen(subject, limit):
+def _relations(subject: Subject, options: Options) -> list[Finding]:
+    for check in chosen(subject, options.checks):
         if finding := check.run(subject):
             return [finding]
-    return []
+    finding = soaked(subject, options.repeats)
+    return [] if finding is None else [finding]
 
 
 def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:
-    diagnosis = None if comparison.agrees else diagnose(subject.expected, subject.result, comparison, findings)
+    diagnosis = None
+    if not comparison.agrees:
+        diagnosis = diagnose(subject.expected, subject.result, comparison, findings)
+        diagnosis = named(diagnosis, subject.expected, subject.result)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
     name = subject.backend.name

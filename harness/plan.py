@@ -14,7 +14,7 @@ from harness import config
 from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
-from harness.select import Item, plan_backend
+from harness.select import Item, plan_backend, probes
 
 NAME = "plan.json"
 SCHEMA = 1
@@ -36,12 +36,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request and the items it means. checks: relations asked of each case, None for all that apply."""
+    """A request and the items it means. checks: relations asked of each case, None for all that apply; repeats: bare calls
+    at the end of each."""
 
     request: Request
     limit_s: float
     items: tuple[Item, ...]
     checks: int | None = None
+    repeats: int = 0
 
     @property
     def digest(self) -> str:
@@ -51,6 +53,7 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
         data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "checks": self.checks}
+        data["repeats"] = self.repeats
         data["request"] = asdict(self.request)
         lines = [json.dumps(asdict(item)) for item in self.items]
         text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -68,7 +71,8 @@ def load(folder: Path) -> Plan:
             raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()}
         request = Request(**given)
-        plan = Plan(request, float(data["limit_s"]), tuple(Item(**item) for item in data["items"]), data["checks"])
+        items = tuple(Item(**item) for item in data["items"])
+        plan = Plan(request, float(data["limit_s"]), items, data["checks"], data.get("repeats", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error
     if plan.digest != data["digest"]:
@@ -89,7 +93,7 @@ def make(request: Request, backends: Mapping[str, Backend], device: Device, root
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
-    return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks)
+    return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks, tier.repeats)
 
 
 def known_backend(name: str, backends: Mapping[str, Backend]) -> Backend:
@@ -123,7 +127,8 @@ def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device:
     items = []
     for backend in chosen:
         axes = platform_axes(platform, tier, backend.name)
-        cases = plan_backend(axes, backend, device, tier.strength) + _production(platform.name, tier, backend, device, root)
+        cases = plan_backend(axes, backend, device, tier.strength)
+        cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
         items += [Item(case.id, backend.name) for case in cases]
     return sorted(items)
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness import journal
+from harness import journal, pooled
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
 from harness.plan import Plan
@@ -88,7 +88,8 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool)
         return 3
     if missing:
         raise Incomplete(f"{missing} of {len(plan.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
-    return 1 if any(outcome(v) in (Outcome.RED, Outcome.GONE) for v in verdicts) else 0
+    red = any(outcome(v) in (Outcome.RED, Outcome.GONE) for v in verdicts)
+    return 1 if red or pooled.alarms(verdicts) else 0
 
 
 def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
@@ -102,6 +103,8 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
         out.print(f"GONE: known issue {verdict.known} passes now: {verdict.rerun}", markup=False, style="red")
     for verdict in groups[Outcome.RED][:SHOWN_FAILURES]:
         out.print(explain(verdict), markup=False)
+    for pool in pooled.alarms(verdicts):
+        out.print(f"WRONG {pool.subject}: {pool}; each case alone is within its limit", markup=False, style="red")
     if len(groups[Outcome.RED]) > SHOWN_FAILURES:
         out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}", markup=False)
     width = shutil.get_terminal_size((140, 40)).columns

@@ -13,6 +13,7 @@ from harness.backends.base import Backend, Device
 from harness.case import LIMITS, Case, Limit, Recipe, Shape
 
 Axes = Mapping[str, Sequence[int | str]]
+PROBE_EVERY = 4  # of the exact half of a plan: an eighth more cases
 TEMPLATE = Case("moe", Shape(1, 64, 64, 8, 1), "renormalize", "swiglu", Recipe.parse("bf16"), "real")
 
 
@@ -79,8 +80,23 @@ def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) ->
     }
     if not all(mine.values()):
         return []
-    cases = [TEMPLATE.vary(**row) for row in cover(mine, limits, strength)]
+    cases = [TEMPLATE.vary(**row) for row in _rows(mine, limits, strength)]
     return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
+
+
+def probes(cases: Sequence[Case], fills: Sequence[str]) -> list[Case]:
+    """One in PROBE_EVERY of the exact cases once more, with the fills in turn where they are possible."""
+    chosen = [case for case in cases if case.fill == "exact" and case.shape.tokens][::PROBE_EVERY]
+    varied = ([case.vary(fill=f) for f in (*fills[i % len(fills) :], *fills)] for i, case in enumerate(chosen) if fills)
+    return [found[0] for options in varied if (found := [case for case in options if case.problem() is None])]
+
+
+def _rows(axes: Axes, limits: Sequence[Limit], strength: int) -> list[dict[str, Any]]:
+    """Batches with tokens, and empty ones apart: a combination that only an empty batch has tests nothing. Both together
+    hold every `strength`-way combination, those with 0 tokens included."""
+    tokens = [t for t in axes["tokens"] if t]
+    rows = cover({**axes, "tokens": tokens}, limits, strength) if tokens else []
+    return rows + (cover({**axes, "tokens": [0]}, limits, max(1, strength - 1)) if 0 in axes["tokens"] else [])
 
 
 def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength: int) -> tuple[int, int]:

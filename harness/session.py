@@ -69,7 +69,7 @@ class Session:
         self._scratch = None if folder is not None else tempfile.TemporaryDirectory(prefix="moecheck-")
         logs = Path(self._scratch.name) if self._scratch is not None else _made(folder, "log")
         self._worker = Supervisor(self.device, the_plan.request.plugins, logs, the_plan.limit_s, folder)
-        self._worker.checks = the_plan.checks
+        self._worker.checks, self._worker.repeats = the_plan.checks, the_plan.repeats
 
     def _check_resume(self, folder: Path | None) -> None:
         strangers = set() if self.journal is None else self.journal.done - set(self.plan.items)

@@ -121,4 +121,6 @@ def same(first: Tensor, second: object) -> bool:
     """Bit for bit equal tensors of one shape and dtype, wherever they live."""
     if not isinstance(second, Tensor) or second.shape != first.shape or second.dtype != first.dtype:
         return False
-    return torch.equal(bits(first.cpu()), bits(second.cpu()))
+    if first.device != second.device:
+        first, second = first.cpu(), second.cpu()
+    return torch.equal(bits(first), bits(second))

@@ -66,7 +66,7 @@ class Sample:
 class Comparison:
     """Expected against got. `beyond` elements are outside the bound; worst is the largest z (or the count of differing
     bits' error in units of sigma in the exact lane, or the largest ratio of a tile); mean_z2 the mean of z**2;
-    rel_l2 = |got - expected| / |expected|."""
+    rel_l2 = |got - expected| / |expected|; independent: errors that mean_z2 is the mean of, 0 where nobody counted."""
 
     lane: str
     total: int
@@ -80,6 +80,7 @@ class Comparison:
     rows_hit: int
     experts_hit: tuple[int, ...]
     samples: tuple[Sample, ...] = ()
+    independent: float = 0.0
 
     @property
     def agrees(self) -> bool:

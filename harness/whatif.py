@@ -163,7 +163,7 @@ class Layer:
     @property
     def rounding(self) -> Rounding:
         """The rounding points under which the oracle computes its value."""
-        return SATURATES if self.case.fill == "exact" else IDEAL
+        return SATURATES if self.case.exact else IDEAL
 
     def experts_affordable(self, tokens: int) -> bool:
         """Whether all experts may be asked about so many tokens."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import Queue
 from typing import TypeVar
 
-from harness import config, plan
+from harness import config, plan, pooled
 from harness.backends import load_file
 from harness.backends.base import Backend, Device
 from harness.case import Case
@@ -21,6 +21,7 @@ from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
 from harness.faults.layer import MANY_WEIGHTS
 from harness.faults.score import Score, score
+from harness.pooled import Pool
 from harness.select import Item
 from harness.verdict import Verdict
 from harness.worker.supervisor import Supervisor
@@ -34,7 +35,7 @@ SHUFFLE = 0  # seed of the order of a plan: neighbours in the list are alike, an
 
 @dataclass(frozen=True)
 class CleanRun:
-    """A clean subject on its plan: its verdicts; an alarm is one that failed."""
+    """A clean subject on its plan: its verdicts; an alarm is one that failed, or a pool of them that did."""
 
     subject: str
     judged: tuple[Verdict, ...]
@@ -43,6 +44,11 @@ class CleanRun:
     def alarms(self) -> tuple[Verdict, ...]:
         """The verdicts that failed."""
         return tuple(v for v in self.judged if v.status.failed)
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The pool of verdicts that failed."""
+        return tuple(pooled.alarms(self.judged))
 
     def refused_by(self, rule: str) -> int:
         """How many of its outputs an acceptance rule in use would have rejected."""
@@ -135,7 +141,8 @@ def _workers(campaign: Campaign, logs: Path) -> Iterator[list[Supervisor]]:
             folder = logs / str(number)
             folder.mkdir()
             found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, LIMIT_S))
-            found[-1].checks = config.tier(campaign.tier).checks
+            tier = config.tier(campaign.tier)
+            found[-1].checks, found[-1].repeats = tier.checks, tier.repeats
             found[-1].rules = True
         yield found
     finally:

@@ -55,7 +55,7 @@ def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:
     killed = [s for s in scores if s.kills]
     named = [s for s in killed if s.named]
     lying = [s.fault.name for s in killed if s.lies]
-    verdicts, alarms = sum(len(r.judged) for r in runs), sum(len(r.alarms) for r in runs)
+    verdicts, alarms = sum(len(r.judged) for r in runs), sum(len(r.alarms) + len(r.pools) for r in runs)
     lines = [f"{len(killed)} of {len(scores)} planted faults killed ({len(killed) / max(1, len(scores)):.1%})"]
     if killed:
         seconds = statistics.median(s.seconds for s in killed)
@@ -71,6 +71,7 @@ def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:
         refused = sum(r.refused_by(rule) for r in runs)
         lines.append(f"{title} on the same outputs: {caught} of {len(scores)}; it refuses {refused} of {verdicts} right ones")
     lines += [f"  alarm: {v.status} {v.subject} {v.case_id}: {v.reason}" for run in runs for v in run.alarms]
+    lines += [f"  alarm: {pool.subject}: {pool}" for run in runs for pool in run.pools]
     return lines
 
 
@@ -102,7 +103,7 @@ def as_json(scores: Iterable[Score], runs: Iterable[CleanRun]) -> dict[str, Any]
     return {
         "planted": len(scores),
         "killed": sum(bool(s.kills) for s in scores),
-        "clean_alarms": sum(len(r.alarms) for r in runs),
+        "clean_alarms": sum(len(r.alarms) + len(r.pools) for r in runs),
         "clean_verdicts": sum(len(r.judged) for r in runs),
         "matrix": matrix,
     }

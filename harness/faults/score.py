@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from harness.case import Case
 from harness.diagnose import KINDS
 from harness.faults.fault import Fault
+from harness.pooled import alarms
 from harness.relations import CHECKS
 from harness.select import Item
 from harness.verdict import Status, Verdict
 
-LANES = ("exact", "real", "mean z2", "state", "memory", "relation", "contract", "isolation")
+LANES = ("exact", "real", "mean z2", "pooled z2", "state", "memory", "relation", "contract", "isolation")
 MEMORY = ("input_mutated", "red_zone", "out_overrun", "aliasing", "never_written", "poison")
 ISOLATED = (Status.CRASHED, Status.HUNG, Status.OUT_OF_MEMORY)
 LITERAL = (
@@ -90,6 +91,16 @@ class Score:
         if verdict.diagnosis is not None and name not in (*self.fault.expect, *LITERAL, "unexplained"):
             self.lies.setdefault(name, verdict.case_id)
 
+    def pool(self, verdicts: Iterable[Verdict]) -> None:
+        """Count what only all verdicts of the plan together show."""
+        if not alarms(verdicts):
+            return
+        self.kills += 1
+        self.killed["pooled z2"] += 1
+        self.names["precision"] += 1
+        if not self.first:
+            self.first, self.after = "the whole plan", self.verdicts
+
     @property
     def done(self) -> bool:
         """True once cases of both fills have rejected it often enough."""
@@ -109,9 +120,11 @@ class Score:
 
 def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdict], thorough: bool = False) -> Score:
     """Judge the fault on the clean twin's plan until it is done, or to the end if `thorough`."""
-    result = Score(fault)
+    result, verdicts = Score(fault), []
     for item in items:
-        result.add(judge(item.case_id, fault.name))
+        verdicts.append(judge(item.case_id, fault.name))
+        result.add(verdicts[-1])
         if result.done and not thorough:
-            break
+            return result
+    result.pool(verdicts)
     return result

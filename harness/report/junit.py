@@ -1,4 +1,5 @@
-"""junit.xml from plan and journal: one testcase per planned case; planned but not run is an error."""
+"""junit.xml from plan and journal: one testcase per planned case; planned but not run is an error; a pool of cases
+beyond its limit (harness/pooled.py) is a failed testcase of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree as xml
 
 from harness.known import Outcome, outcome
+from harness.pooled import alarms
 from harness.report.text import explain
 from harness.select import Item
 from harness.verdict import Verdict
@@ -19,12 +21,17 @@ _TAG = {Outcome.RED: "failure", Outcome.GONE: "failure", Outcome.KNOWN: "skipped
 def write(path: Path, planned: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
     """Write the file in one step, so that a reader never sees half of it."""
     by_item = {Item(v.case_id, v.subject): v for v in verdicts}
-    suite = xml.Element("testsuite", name="moecheck", tests=str(len(planned)))
+    suite = xml.Element("testsuite", name="moecheck")
     counts = {"failure": 0, "skipped": 0, "error": 0}
     for item in planned:
         tag = _testcase(suite, item, by_item.get(item))
         if tag is not None:
             counts[tag] += 1
+    for pool in alarms(verdicts):
+        case = xml.SubElement(suite, "testcase", classname=pool.subject, name=pool.name)
+        xml.SubElement(case, "failure", type="WRONG", message=str(pool))
+        counts["failure"] += 1
+    suite.set("tests", str(len(suite)))
     suite.attrib.update(failures=str(counts["failure"]), skipped=str(counts["skipped"]), errors=str(counts["error"]))
     suite.set("time", f"{sum(v.seconds for v in verdicts):.3f}")
     root = xml.Element("testsuites")

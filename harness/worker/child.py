@@ -126,10 +126,10 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
 def _options(request: Message) -> Options:
     """The rules in use need the faults' tools, which a plain run never loads."""
     if not request.get("rules"):
-        return Options(request.get("checks"))
+        return Options(request.get("checks"), repeats=request.get("repeats", 0))
     from harness.faults.layer import rules_in_use
 
-    return Options(request.get("checks"), rules_in_use)
+    return Options(request.get("checks"), rules_in_use, request.get("repeats", 0))
 
 
 def _sticky(device: Device) -> bool:

@@ -1,7 +1,7 @@
 """What supervisor and child say to each other: one JSON object a message, over a pipe.
 
-supervisor -> child   {"judge": case_id, "subject": name, "checks": number or null, "rules": bool} | {"probe": name}
-                      | {"stop": true}
+supervisor -> child   {"judge": case_id, "subject": name, "checks": number or null, "repeats": number, "rules": bool}
+                      | {"probe": name} | {"stop": true}
 child -> supervisor   {"ready": pid} | {"stage": name} | {"support": {...}}
                       | {"verdict": {...}, "retire": true if the child must be replaced}
                       | {"user_error": class, "text": ...} | {"bug": traceback}

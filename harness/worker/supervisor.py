@@ -54,9 +54,10 @@ class _Death:
 
 class Supervisor:
     """One device, one case in flight. Use as a context manager. checks: relations asked of each case, None for all;
-    rules: verdicts also tell what the acceptance rules in use would have said."""
+    repeats: bare calls at the end of each; rules: verdicts also tell what the acceptance rules in use would have said."""
 
     checks: int | None = None
+    repeats: int = 0
     rules: bool = False
 
     def __init__(
@@ -104,7 +105,8 @@ class Supervisor:
     def judge(self, case: Case, subject: str) -> Verdict:
         """The verdict on one case; MoecheckError for a user's fault, WorkerBug for ours."""
         started = time.perf_counter()
-        reply = self._ask({"judge": case.id, "subject": subject, "checks": self.checks, "rules": self.rules})
+        asked = {"checks": self.checks, "repeats": self.repeats, "rules": self.rules}
+        reply = self._ask({"judge": case.id, "subject": subject, **asked})
         seconds = round(time.perf_counter() - started, 4)
         plugins = self._setup.plugins
         if isinstance(reply, _Death):
