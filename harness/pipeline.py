@@ -7,6 +7,7 @@ An exception of the subject is a verdict; an exception of ours propagates. Crash
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+NO_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc|Failed to allocate memory")  # torch, C++, ORT
 
 
 @dataclass
@@ -102,7 +104,7 @@ def run(
 
 
 def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> Verdict:
-    status = Status.OUT_OF_MEMORY if isinstance(error, OUT_OF_MEMORY) else Status.CRASHED
+    status = Status.OUT_OF_MEMORY if isinstance(error, OUT_OF_MEMORY) or NO_MEMORY.search(str(error)) else Status.CRASHED
     text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     kind = type(error).__name__
     finding = Finding("exception", f"{kind} after the backend said yes: {text}", {"type": kind, "message": str(error)[:2000]})
