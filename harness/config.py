@@ -144,12 +144,15 @@ class ProductionRow(Strict):
 
 
 class Tier(Strict):
-    """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply."""
+    """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply.
+    replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and after others."""
 
     name: str
     strength: int = Field(ge=1, le=3)
     limit_s: float = Field(gt=0)
     checks: int | None = Field(default=None, ge=0)
+    replay_runs: int = Field(default=1, ge=0)
+    replay_s: float = Field(default=10, ge=0)
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}

@@ -29,7 +29,9 @@ from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-NO_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc|Failed to allocate memory")  # torch, C++, ORT
+NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc|Failed to allocate memory"
+)  # torch, C++, ORT
 
 
 @dataclass

@@ -23,27 +23,28 @@ from harness.device import environment
 from harness.errors import MoecheckError, UnknownName
 from harness.pipeline import Options, OracleCache, Progress, run
 from harness.report.heatmap import artist
-from harness.verdict import Stage, Status, Verdict
+from harness.verdict import Status, Verdict
 from harness.worker import health, soak
 from harness.worker.hang import listen
 from harness.worker.protocol import Channel, Message
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOST = os.EX_IOERR  # exit code of a child whose pipe was closed under it; death.py knows it
 LINE_BUFFERED = 1  # stdio.h, _IOLBF
 THREADS = 1  # small GEMMs: a second OpenMP thread costs more in barriers than it computes, and cores are shared
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a child needs to know before its first case. run_folder: where pictures go, "" for nowhere; visible: its value of
-    CUDA_VISIBLE_DEVICES, "" for the one it inherits; soak: it is meant to live through the whole plan."""
+    """What a child needs to know before its first case. run_folder: where pictures go, "" for nowhere; soak: it
+    is meant to live through the whole plan; visible: its value of CUDA_VISIBLE_DEVICES, "" for the one it inherits."""
 
     device: Device
     plugins: tuple[str, ...]
     log: str
     run_folder: str = ""
-    visible: str = ""
     soak: bool = False
+    visible: str = ""
 
 
 def main(pipe: Connection, setup: Setup) -> None:
@@ -51,18 +52,27 @@ def main(pipe: Connection, setup: Setup) -> None:
     _die_with_parent()
     _redirect_output(Path(setup.log))
     _prepare_libraries(setup)
-    with suppress(EOFError, OSError, KeyboardInterrupt):  # the supervisor is gone, or a kernel closed our pipe
-        _serve(Link(pipe), setup)
+    with suppress(EOFError, KeyboardInterrupt):  # the supervisor is gone
+        try:
+            _serve(Link(pipe), setup)
+        except OSError:
+            os._exit(LOST)
     util._exit_function()  # type: ignore[attr-defined]  # unlinks the semaphores that libraries (tqdm) made; os._exit would leave them to a warning
     os._exit(0)
 
 
 class Link(Channel):
-    """A channel that signs what it sends: a forked copy of this process must not answer in its name."""
+    """The child's end. A kernel that forks leaves a copy of this process behind, which must not answer in its name."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(pipe)
+        self._owner = os.getpid()
 
     def send(self, message: Message) -> None:
-        """Write one message with this process's id."""
-        super().send({**message, "pid": os.getpid()})
+        """Write one message; a copy ends here."""
+        if os.getpid() != self._owner:
+            os._exit(0)
+        super().send(message)
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ ALARMS = (
     r"Segmentation fault",
     r"terminate called",
     r"Assertion .* failed",
-    r"double free or corruption|malloc\(\): |free\(\): |corrupted size|stack smashing detected",  # glibc, malloc.c, stack_chk_fail.c
+    r"double free or corruption|malloc\(\): |free\(\): |corrupted size|stack smashing detected",  # glibc
     r"illegal memory access|unspecified launch failure|misaligned address",  # CUDA runtime, cudaGetErrorString
 )
 
@@ -53,6 +54,8 @@ def how(death: Death) -> str:
     if death.exit_code < 0:
         text = f"killed by {_signal(-death.exit_code)}"
         return f"{text}, {deep}" if (deep := _deep(death.output)) and death.exit_code == -signal.SIGSEGV else text
+    if death.exit_code == os.EX_IOERR and not death.output:
+        return "something closed the worker's pipe under it"
     return f"the process exited with code {death.exit_code}"
 
 

@@ -20,7 +20,7 @@ from harness.select import Item
 from harness.worker import hang, vitals
 from harness.worker.child import Setup, main
 from harness.worker.log import Log
-from harness.worker.protocol import Channel, CorruptedReply, Message
+from harness.worker.protocol import Channel, Message
 
 GRACE_S = 0.5  # for an exit status, and for the Python stack of a hung child to reach the log
 SLICE_S = 0.1  # between two looks at a silent child's memory and log: a flood writes some 100 MB meanwhile
@@ -51,25 +51,20 @@ class Child:
         return self.process.is_alive()
 
     def next(self, deadline: float) -> Message | None:
-        """Its next message, None when the deadline passes; EOFError when it is gone, CorruptedReply for another's message."""
+        """Its next message, None when the deadline passes; EOFError when it is gone, CorruptedReply for bytes that are none."""
         while True:
             until = min(deadline, time.monotonic() + SLICE_S)
             ready = wait([self.channel.pipe, self.process.sentinel], max(0.0, until - time.monotonic()))
             if self.channel.pipe in ready or self.channel.pending:
                 message = self.channel.receive(until)
                 if message is not None:
-                    return self._own(message)
+                    return message
             elif ready:
                 raise EOFError("closed")
             self.resident = vitals.resident(self.pid) or self.resident
             self.log.bound()
             if time.monotonic() >= deadline:
                 return None
-
-    def _own(self, message: Message) -> Message:
-        if message.get("pid") != self.pid:
-            raise CorruptedReply(f"corrupted reply: it comes from process {message.get('pid')}, not from the worker")
-        return message
 
     def question(self, mark: int) -> str:
         """Where it hangs, asked of itself."""

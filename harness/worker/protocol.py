@@ -5,7 +5,6 @@ supervisor -> child   {"judge": case_id, "subject": name, "checks": number or nu
 child -> supervisor   {"ready": true} | {"stage": name} | {"support": {...}}
                       | {"verdict": {...}, "prints": [...], "retire": why, if the child must be replaced}
                       | {"user_error": class, "text": ...} | {"bug": traceback}
-Each reply carries the "pid" of who wrote it: a kernel that forks leaves a second process at the child's end.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Message = dict[str, Any]
 
 
 class CorruptedReply(EOFError):
-    """Bytes that are no message, or a message of somebody else."""
+    """Bytes that are no message."""
 
 
 class Channel:

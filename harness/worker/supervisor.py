@@ -21,6 +21,7 @@ from harness.verdict import Finding, Stage, Verdict
 from harness.worker import death, replay, vitals
 from harness.worker.child import Setup
 from harness.worker.death import Death
+from harness.worker.log import tail
 from harness.worker.process import GRACE_S, Child, start
 from harness.worker.protocol import CorruptedReply, Message
 from harness.worker.replay import Budget, Meter
@@ -40,18 +41,25 @@ class WorkerBug(Exception):
 class Supervisor:
     """One device, one case in flight. Use as a context manager. checks: relations asked of each case, None for all;
     rules: verdicts also tell what the acceptance rules in use would have said; budget: what replays of one death may cost;
-    recycle: cases a child may judge, None for no limit."""
+    recycle: cases a child may judge, None for no limit, as in a soak."""
 
     checks: int | None = None
     rules: bool = False
     budget = Budget()
-    recycle: int | None = RECYCLE
+    recycle: int | None
 
     def __init__(
-        self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float, run_folder: Path | None = None
+        self,
+        device: Device,
+        plugins: tuple[str, ...],
+        log_dir: Path,
+        limit_s: float,
+        run_folder: Path | None = None,
+        soak: bool = False,
     ) -> None:
         self.limit_s = limit_s
-        self.setup = Setup(device, plugins, "", "" if run_folder is None else str(run_folder))
+        self.recycle = None if soak else RECYCLE
+        self.setup = Setup(device, plugins, "", "" if run_folder is None else str(run_folder), soak)
         self._logs, self._started = log_dir, 0
         self._environments: dict[str, dict[str, str]] = {}
         self._between: tuple[Finding, ...] = ()
@@ -194,7 +202,6 @@ class Supervisor:
         child.leave_by = time.monotonic() + LEAVE_S
         self._leaving.append(child)
 
-
     def _drop_spare(self) -> None:
         if self._spare is not None:
             self._spare.kill()
@@ -223,7 +230,7 @@ class Supervisor:
         if not child.orphaned():
             last = f" after {child.history[-1].subject}:{child.history[-1].case_id}" if child.history else ""
             text = f"the worker before this one died between two cases{last}: {death.how(Death(Stage.DONE, child.exit_code()))}"
-            self._between = (Finding("worker", text, {"output": death.tail(child.log.since(0))}),)
+            self._between = (Finding("worker", text, {"output": tail(child.log.since(0))}),)
         self._retire()
 
     def _is_ready(self, child: Child) -> bool:
