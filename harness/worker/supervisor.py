@@ -165,7 +165,7 @@ class Supervisor:
             if not orphaned or attempt:
                 self._before = before
                 return replace(reply, oom_kills=vitals.oom_kills() - kills)
-            self._drop_spare()
+            self._retire()  # the spare had the same server
         raise AssertionError("unreachable")
 
     def _conversation(self, child: Child, request: Message, mark: int) -> Message | Death:
@@ -202,11 +202,6 @@ class Supervisor:
         child.leave_by = time.monotonic() + LEAVE_S
         self._leaving.append(child)
 
-    def _drop_spare(self) -> None:
-        if self._spare is not None:
-            self._spare.kill()
-            self._spare = None
-
     def _alive(self) -> Child:
         """The current child, ready; a spare is started behind it."""
         child = self._child
@@ -227,7 +222,9 @@ class Supervisor:
 
     def _found_dead(self, child: Child) -> None:
         """It answered, and died before it was asked again: the next verdict tells, but is not to blame."""
-        if not child.orphaned():
+        if child.orphaned():
+            self._retire()  # the child, then below its spare: they had the same server
+        else:
             last = f" after {child.history[-1].subject}:{child.history[-1].case_id}" if child.history else ""
             text = f"the worker before this one died between two cases{last}: {death.how(Death(Stage.DONE, child.exit_code()))}"
             self._between = (Finding("worker", text, {"output": tail(child.log.since(0))}),)
