@@ -9,6 +9,8 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -29,6 +31,7 @@ from harness.known import mark
 from harness.plan import Plan, Request
 from harness.report.text import explain
 from harness.run import Incomplete, execute
+from harness.select import Item
 from harness.session import detected_platform, device_of, new_folder
 from harness.worker import sanitizer as sanitizers
 from harness.worker.supervisor import Supervisor, WorkerBug
@@ -72,17 +75,22 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     resume: Annotated[Path | None, typer.Option(help="Continue the interrupted run in this folder.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1)] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
+    soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
 ) -> None:
     """Judge every planned case and print the table."""
     if resume is not None:
-        if any((platform, tier, backend, op, case, plugin, out_dir, limit)):
+        if any((platform, tier, backend, op, case, plugin, out_dir, limit, soak)):
             raise MoecheckError("--resume continues the plan in its folder; it takes no other selection")
         folder, the_plan = resume, plan.load(resume)
     else:
-        the_plan = _plan(_request(platform, tier, backend, op, case, plugin, limit_s=limit))
+        request = _request(platform, tier, backend, op, case, plugin, limit_s=limit)
+        the_plan = _plan(replace(request, soak=soak))
         folder = new_folder(out_dir)
         the_plan.save(folder)
-    raise typer.Exit(execute(the_plan, folder, out, err, verbose))
+    if jobs > 1 and the_plan.request.soak:
+        raise MoecheckError("--soak is one process that judges every case; it does not go with --jobs")
+    raise typer.Exit(execute(the_plan, folder, out, err, verbose, jobs))
 
 
 @app.command("list")
@@ -110,8 +118,11 @@ def repro(
     plugin: Plugins = None,
     limit: Annotated[float, typer.Option(help="Time limit in seconds.")] = 300.0,
     sanitizer: Annotated[str | None, typer.Option(help=f"Under compute-sanitizer: {', '.join(sanitizers.TOOLS)}.")] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="[BACKEND:]ID", help="Case judged before it in the same process; repeatable.")
+    ] = None,
 ) -> None:
-    """Judge one case again, alone in a fresh child, and say everything about it."""
+    """Judge one case again, alone in a fresh child or after others, and say everything about it."""
     case = Case.parse(case_id)
     plugins = tuple(plugin or ())
     found = discover(plugins)
@@ -123,13 +134,20 @@ def repro(
         folder = Path(tempfile.mkdtemp(prefix="moecheck-sanitizer-"))  # stays: the tool's whole report lies there
         orders = [sanitizers.Order(case.id, name, device, plugins, str(folder / f"{name}.json")) for name in chosen]
         raise typer.Exit(_sanitized(orders, sanitizer, limit))
-    with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
-        worker.repeats = config.tier("nightly").repeats
-        for subject in chosen:
-            verdict = mark(worker.judge(case, subject), config.known_issues())
-            out.print(explain(verdict), markup=False)
-            failed |= verdict.status.failed
+    for subject in chosen:
+        before = [_item(text, subject, found) for text in after or ()]
+        with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
+            worker.repeats = config.tier("nightly").repeats
+            verdict = mark(worker.judge(case, subject, before), config.known_issues())
+        out.print(explain(verdict), markup=False)
+        failed |= verdict.status.failed
     raise typer.Exit(KERNEL_FAILED if failed else CLEAN)
+
+
+def _item(text: str, subject: str, found: Mapping[str, Backend]) -> Item:
+    """BACKEND:ID or ID, of `subject` then."""
+    backend, _, case_id = text.rpartition(":")
+    return Item(Case.parse(case_id).id, plan.known_backend(backend or subject, found).name)
 
 
 def _sanitized(orders: list[sanitizers.Order], tool: str, limit: float) -> int:

@@ -146,7 +146,8 @@ class ProductionRow(Strict):
 class Tier(Strict):
     """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
     repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
-    are planned once more."""
+    are planned once more; replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and
+    after others."""
 
     name: str
     strength: int = Field(ge=1, le=3)
@@ -154,6 +155,8 @@ class Tier(Strict):
     checks: int | None = Field(default=None, ge=0)
     repeats: int = Field(default=0, ge=0)
     probes: tuple[str, ...] = ()
+    replay_runs: int = Field(default=1, ge=0)
+    replay_s: float = Field(default=10, ge=0)
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}

@@ -46,6 +46,17 @@ def detect() -> Device:
     return gpus()[0] if gpus() else CPU
 
 
+def visible() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(given.split(",")) if given else tuple(str(index) for index in range(len(gpus())))
+
+
+def use(name: str) -> None:
+    """Let the processes that are started from now on see this GPU only."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
+
+
 def version(distribution: str) -> str:
     """Installed version of a distribution, "" if it is not installed."""
     try:

@@ -12,6 +12,7 @@ from harness.select import Item
 from harness.verdict import Verdict
 
 NAME = "journal.jsonl"
+MAX_LINE = 2 << 20  # bytes: twice what the worker may answer
 
 
 class Journal:
@@ -51,16 +52,52 @@ class Journal:
         os.close(self._descriptor)
 
 
+class Joined(Journal):
+    """The journal of a run that another process holds: what it had of `size` bytes is done; appends under the lock file."""
+
+    def __init__(self, folder: Path, size: int, lock: Path) -> None:
+        self._size, self._lock = size, os.open(lock, os.O_RDWR | os.O_CREAT)
+        super().__init__(folder)
+
+    def _lock_and_read(self) -> set[Item]:
+        return {Item(v.case_id, v.subject) for v in _parse(self.path, self._size)[0]}
+
+    def append(self, verdict: Verdict) -> None:
+        """Write and fsync one verdict; half a line that a killed neighbour left goes first."""
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            os.truncate(self.path, _whole(self.path))
+            super().append(verdict)
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Release file and lock."""
+        os.close(self._lock)
+        super().close()
+
+
+def _whole(path: Path) -> int:
+    """Bytes up to the last whole line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(0, end - MAX_LINE)
+        file.seek(start)
+        data = file.read()
+    return start + data.rfind(b"\n") + 1 if b"\n" in data else start
+
+
 def read(folder: Path) -> list[Verdict]:
     """The verdicts of a run folder, in order."""
     return _parse(folder / NAME)[0]
 
 
-def _parse(path: Path) -> tuple[list[Verdict], int]:
-    """(verdicts, bytes up to the last whole line). RunFolderError with file and line for anything that is no verdict."""
+def _parse(path: Path, size: int | None = None) -> tuple[list[Verdict], int]:
+    """(verdicts, bytes up to the last whole line) of the first `size` bytes. RunFolderError with file and line for anything
+    that is no verdict."""
     if not path.exists():
         return [], 0
-    data = path.read_bytes()
+    data = path.read_bytes()[:size]
     whole = data.rfind(b"\n") + 1
     verdicts = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):

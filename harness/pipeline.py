@@ -7,6 +7,7 @@ An exception of the subject is a verdict; an exception of ours propagates. Crash
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|std::bad_alloc|Failed to allocate memory"
+)  # torch, C++, ORT
 
 
 @dataclass
@@ -109,7 +113,7 @@ def run(
 def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> Verdict:
     if isinstance(error, Violation):
         return Verdict(case.id, backend.name, Status.CONTRACT, stage, str(error), error.findings)
-    status = Status.OUT_OF_MEMORY if isinstance(error, OUT_OF_MEMORY) else Status.CRASHED
+    status = Status.OUT_OF_MEMORY if isinstance(error, OUT_OF_MEMORY) or NO_MEMORY.search(str(error)) else Status.CRASHED
     text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     kind = type(error).__name__
     finding = Finding("exception", f"{kind} after the backend said yes: {text}", {"type": kind, "message": str(error)[:2000]})

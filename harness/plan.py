@@ -23,7 +23,7 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. cases: ids, or patterns with * over ids; backends: names or patterns, empty for all;
-    limit_s: seconds a case may take, None for the tier's."""
+    limit_s: seconds a case may take, None for the tier's; soak: all in one child, which is never recycled."""
 
     platform: str
     tier: str
@@ -32,18 +32,20 @@ class Request:
     cases: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     limit_s: float | None = None
+    soak: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """A request and the items it means. checks: relations asked of each case, None for all that apply; repeats: bare calls
-    at the end of each."""
+    at the end of each; replay: (fresh children, seconds) that the explanation of one death may cost."""
 
     request: Request
     limit_s: float
     items: tuple[Item, ...]
     checks: int | None = None
     repeats: int = 0
+    replay: tuple[int, float] = (0, 0.0)
 
     @property
     def digest(self) -> str:
@@ -53,7 +55,7 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
         data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "checks": self.checks}
-        data["repeats"] = self.repeats
+        data |= {"repeats": self.repeats, "replay": self.replay}
         data["request"] = asdict(self.request)
         lines = [json.dumps(asdict(item)) for item in self.items]
         text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -71,9 +73,10 @@ def load(folder: Path) -> Plan:
             raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()}
         request = Request(**given)
-        items = tuple(Item(**item) for item in data["items"])
-        plan = Plan(request, float(data["limit_s"]), items, data["checks"], data.get("repeats", 0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        items, replay = tuple(Item(**item) for item in data["items"]), data.get("replay", (0, 0.0))
+        budget, repeats = (int(replay[0]), float(replay[1])), int(data.get("repeats", 0))
+        plan = Plan(request, float(data["limit_s"]), items, data["checks"], repeats, budget)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error
     if plan.digest != data["digest"]:
         raise RunFolderError(f"{path}: its items do not match its digest; the file was edited, start a new run")
@@ -93,7 +96,8 @@ def make(request: Request, backends: Mapping[str, Backend], device: Device, root
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
-    return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks, tier.repeats)
+    replay = (tier.replay_runs, tier.replay_s)
+    return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks, tier.repeats, replay)
 
 
 def known_backend(name: str, backends: Mapping[str, Backend]) -> Backend:

@@ -5,11 +5,13 @@ pytest suites/layer --platform cpu --tier smoke --backend torch_grouped_mm
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness import plan
+from harness import distributed, plan
 from harness.backends import discover
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
@@ -18,9 +20,9 @@ from harness.session import Session, detected_platform, device_of
 from harness.verdict import Verdict
 
 _SESSION = pytest.StashKey[Session]()
+_DEVICE = pytest.StashKey[int]()
 _ERROR = pytest.StashKey[MoecheckError]()
 USER_ERROR = 3  # DESIGN section 7: our or the user's fault
-REFUSED_DIST = ("loadscope", "loadfile", "loadgroup")  # pytest-xdist 3.8 loses tests after a crash in these modes (#1371)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,30 +34,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--op", action="append", default=[], help="operation to judge; repeatable")
     group.addoption("--case", action="append", default=[], help="case id or pattern with *; repeatable")
     group.addoption("--plugin", action="append", default=[], metavar="FILE.py", help="file that defines BACKENDS; repeatable")
+    group.addoption("--soak", action="store_true", help="all cases in one child that is never recycled")
     group.addoption("--run-dir", help="run folder of `moecheck run`: its plan is run, its journal written")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse the xdist modes that lose tests."""
-    mode = getattr(config.option, "dist", "no")
-    if mode in REFUSED_DIST:
-        raise pytest.UsageError(f"--dist {mode} loses tests after a crash (pytest-xdist #1371); use --dist load or worksteal")
+    """Refuse the xdist modes that lose tests; with the others, hold the journal for the workers."""
+    distributed.refuse(config)
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        run_dir = config.getoption("--run-dir")
+        try:
+            config.pluginmanager.register(distributed.Controller(config, Path(run_dir) if run_dir else None))
+        except (MoecheckError, OSError) as error:
+            pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
 
 
 def _make_session(config: pytest.Config) -> Session:
-    option = config.getoption
+    option, given = config.getoption, distributed.worker_input(config)
     if run_dir := option("--run-dir"):
-        return Session(plan.load(Path(run_dir)), Path(run_dir))
+        folder, the_plan = Path(run_dir), plan.load(Path(run_dir))
+        _take_device(config, given, the_plan.request.platform)
+        return Session(the_plan, folder, None if given is None else distributed.joined(given, folder))
     request = plan.Request(
         platform=option("--platform") or detected_platform(),
         tier=option("--tier"),
         backends=tuple(option("--backend")),
         ops=tuple(option("--op")),
         cases=tuple(option("--case")),
-        plugins=tuple(str(Path(p).absolute()) for p in option("--plugin")),
+        plugins=tuple(str(Path(p).absolute()) if p.endswith(".py") else p for p in option("--plugin")),
+        soak=option("--soak"),
     )
+    _take_device(config, given, request.platform)
     made = plan.make(request, discover(request.plugins), device_of(request.platform))
     return Session(made, None)
+
+
+def _take_device(config: pytest.Config, given: dict[str, Any] | None, platform: str) -> None:
+    if given is not None and device_of(platform).kind == "cuda":
+        config.stash[_DEVICE] = distributed.take_device(given)
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -102,6 +118,8 @@ def verdict(request: pytest.FixtureRequest) -> Verdict:
         judged = session_of(request.config).judge(item)
     except MoecheckError as error:
         pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
+    if distributed.worker_input(request.config) is not None:
+        request.node.user_properties.append((distributed.PROPERTY, json.dumps(judged.to_json())))
     request.config.hook.pytest_moecheck_verdict(verdict=judged)
     if outcome(judged) is Outcome.SKIPPED:
         pytest.skip(f"{judged.status}: {judged.reason}")

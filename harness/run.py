@@ -68,12 +68,14 @@ class _Watcher:
             self.errors.append(report.longreprtext)
 
 
-def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool) -> int:
-    """Run what is left of `plan`, print the report, return the exit code (0, 1 or 3); Incomplete if cases are missing."""
+def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool, jobs: int = 1) -> int:
+    """Run what is left of `plan`, print the report, return the exit code (0, 1 or 3); Incomplete if cases are missing. jobs:
+    pytest processes (pytest-xdist) that share it."""
     done = len(journal.read(folder))
     watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
     arguments = [str(SUITES / "layer"), "--run-dir", str(folder), "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
     arguments += ["--assert=plain", "--maxfail=0"]  # nothing to rewrite; PYTEST_ADDOPTS=-x must not end the run
+    arguments += [] if jobs == 1 else ["-n", str(jobs)]
     code = pytest.main(arguments, plugins=[watcher])
     if watcher.stopped:
         raise MoecheckError(watcher.stopped)

@@ -16,6 +16,7 @@ from harness.known import mark
 from harness.plan import Plan
 from harness.select import Item
 from harness.verdict import Verdict
+from harness.worker.replay import Budget
 from harness.worker.supervisor import Supervisor
 
 
@@ -58,18 +59,21 @@ def new_folder(out: Path | None) -> Path:
 
 
 class Session:
-    """Judges the items of a plan. `folder` None: nothing is recorded (plain pytest)."""
+    """Judges the items of a plan. `folder` None: nothing is recorded (plain pytest); journal: the one to record
+    in, default the folder's own."""
 
-    def __init__(self, the_plan: Plan, folder: Path | None) -> None:
+    def __init__(self, the_plan: Plan, folder: Path | None, journal: Journal | None = None) -> None:
         self.plan = the_plan
         self.device = device_of(the_plan.request.platform)
-        self.journal = None if folder is None else Journal(folder)
+        self.journal = Journal(folder) if journal is None and folder is not None else journal
         self._check_resume(folder)
         self._known = config.known_issues()
         self._scratch = None if folder is not None else tempfile.TemporaryDirectory(prefix="moecheck-")
         logs = Path(self._scratch.name) if self._scratch is not None else _made(folder, "log")
-        self._worker = Supervisor(self.device, the_plan.request.plugins, logs, the_plan.limit_s, folder)
+        request = the_plan.request
+        self._worker = Supervisor(self.device, request.plugins, logs, the_plan.limit_s, folder, request.soak)
         self._worker.checks, self._worker.repeats = the_plan.checks, the_plan.repeats
+        self._worker.budget = Budget(*the_plan.replay)
 
     def _check_resume(self, folder: Path | None) -> None:
         strangers = set() if self.journal is None else self.journal.done - set(self.plan.items)

@@ -22,7 +22,7 @@ class Status(StrEnum):
     CRASHED = "CRASHED"  # exception after saying yes, signal, abort, exit
     HUNG = "HUNG"  # did not answer within the time limit
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
-    CONTRACT = "CONTRACT"  # signature, return value or an argument is not what the entry point was written for
+    CONTRACT = "CONTRACT"  # the library's signature or return value is not what the backend was written for
     UNSUPPORTED = "UNSUPPORTED"  # refused in advance: this backend does not do this case
     UNAVAILABLE = "UNAVAILABLE"  # refused in advance: library or hardware is not here
     UNTRUSTED = "UNTRUSTED"  # nothing was really tested: a wrong kernel would have passed this case too
@@ -112,7 +112,7 @@ class Diagnosis:
 class Verdict:
     """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared;
     `rules`, where asked for: acceptance rule in use elsewhere -> would it have accepted this output; picture: path of the
-    error's heat map, relative to the run folder, where one was drawn."""
+    error's heat map, relative to the run folder, where one was drawn; notes: what is worth telling and fails nobody."""
 
     case_id: str
     subject: str
@@ -128,6 +128,7 @@ class Verdict:
     picture: str = ""
     plugins: tuple[str, ...] = ()
     rules: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[Finding, ...] = ()
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -141,8 +142,9 @@ class Verdict:
         """The shell line that judges this case again."""
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
         platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
+        after = "".join(f" --after {item}" for f in self.findings for item in f.evidence.get("after", ()))
         tool = f" --sanitizer {tool}" if (tool := self.environment.get("sanitizer")) else ""
-        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}{tool}"
+        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}{after}{tool}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""
@@ -160,7 +162,8 @@ class Verdict:
             fields["comparison"] = Comparison(**{**_numbers(comparison), "samples": samples, "experts_hit": hit})
         if diagnosis := fields.get("diagnosis"):
             fields["diagnosis"] = Diagnosis(**diagnosis)
-        fields["findings"] = tuple(Finding(**f) for f in fields["findings"])
+        for name in ("findings", "notes"):
+            fields[name] = tuple(Finding(**f) for f in fields.get(name, ()))
         fields["plugins"] = tuple(fields["plugins"])
         fields["status"], fields["stage"] = Status(fields["status"]), Stage(fields["stage"])
         return cls(**fields)

@@ -82,6 +82,7 @@ def _product(codes: Tensor, table: Tensor, scales: Tensor, scale_table: Tensor |
 def _compiled(device: str) -> Callable[..., Tensor]:
     """On a GPU instructions are what it waits for: no checks of indices that are codes, block sizes tried out, sizes known."""
     cuda = device == "cuda"
+    options: dict[str, str | int | bool | Callable[..., object]] | None
     options = {"coordinate_descent_tuning": True, "assert_indirect_indexing": False} if cuda else None
     return torch.compile(_product, dynamic=not cuda, fullgraph=True, options=options)
 

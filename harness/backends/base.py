@@ -85,6 +85,7 @@ class Backend:
     can it run here at all, asked in the child. limits: what else it refuses, with the axes each limit looks at.
     prepare(case, inputs): pack and bind. exempt: check of harness/relations.py -> why it is not promised here.
     expert_parallel: it reads `inputs.local`, skips the slots of other ranks' experts and adds nothing for them.
+    prints: regular expressions of lines that its library prints when something failed and it carries on; they become notes.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Backend:
     summary: str = ""
     exempt: Mapping[str, str] = field(default_factory=dict)
     expert_parallel: bool = False
+    prints: tuple[str, ...] = ()
 
     def supports(self, case: Case, device: Device) -> Support:
         """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""

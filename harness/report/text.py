@@ -42,6 +42,7 @@ def explain(verdict: Verdict) -> str:
     for finding in verdict.findings:
         if output := str(finding.evidence.get("output", "")).strip():
             lines += ["  last output of the process:", *(f"    | {text}" for text in output.splitlines())]
+    lines += [f"  note, {note.check}: {note.text}" for note in verdict.notes]
     if verdict.picture:
         lines.append(f"  picture: {verdict.picture} in the run folder")
     facts = ", ".join(f"{key} {value}" for key, value in verdict.environment.items() if value)

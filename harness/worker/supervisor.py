@@ -1,76 +1,74 @@
 """Holds the clock: hands cases to a child, turns its death or silence into a Verdict, and replaces it from a warm spare.
 
 Children come from a fork server that has imported torch but never initialised CUDA, so a replacement costs a fork.
+A child is replaced when it dies, hangs or is not fit to go on (health.py), and after RECYCLE cases.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 from harness import errors
 from harness.backends.base import Device, Support
 from harness.case import Case
-from harness.verdict import Finding, Stage, Status, Verdict
-from harness.worker import coredump
-from harness.worker.child import Setup, main
-from harness.worker.protocol import Message, receive, send
+from harness.select import Item
+from harness.verdict import Finding, Stage, Verdict
+from harness.worker import coredump, death, replay, vitals
+from harness.worker.child import Setup
+from harness.worker.death import Death
+from harness.worker.log import tail
+from harness.worker.process import GRACE_S, Child, start
+from harness.worker.protocol import CorruptedReply, Message
+from harness.worker.replay import Budget, Meter
 
 START_LIMIT_S = 120.0  # a cold fork server imports torch: 3..6 s measured, more on a loaded machine
-GRACE_S = 0.5  # for the Python stack of a hung child to reach the log
 DUMP_LIMIT_S = 20.0  # for the GPU coredump of a hung child; one example took under a second
-TAIL_LINES = 12
+LEAVE_S = 5.0  # a child that was dismissed and does not end is killed
+STARTS = 3  # children that may die before their first case
+# cases a child may judge: a replacement (0.1 s on a CPU, 0.24 s on an H200, with its imports 1..5 s) stays a few percent of
+# 100 cases, and a death that depends on what ran before has at most 100 suspects. The lane `soak` has no such limit.
+RECYCLE = 100
 
 
 class WorkerBug(Exception):
     """moecheck itself failed in the child; the text is its traceback."""
 
 
-@dataclass
-class _Child:
-    process: ForkServerProcess
-    pipe: Connection
-    ready: bool = False
-
-
-@dataclass(frozen=True)
-class _Death:
-    stage: Stage
-    exit_code: int | None
-    hung: bool
-    tail: str
-    gpu: coredump.Facts | None = None
-
-
 class Supervisor:
     """One device, one case in flight. Use as a context manager. checks: relations asked of each case, None for all;
-    repeats: bare calls at the end of each; rules: verdicts also tell what the acceptance rules in use would have said."""
+    repeats: bare calls at the end of each; rules: verdicts also tell what the acceptance rules in use would have said;
+    budget: what replays of one death may cost; recycle: cases a child may judge, None for no limit, as in a soak."""
 
     checks: int | None = None
     repeats: int = 0
     rules: bool = False
+    budget = Budget()
+    recycle: int | None
 
     def __init__(
-        self, device: Device, plugins: tuple[str, ...], log_dir: Path, limit_s: float, run_folder: Path | None = None
+        self,
+        device: Device,
+        plugins: tuple[str, ...],
+        log_dir: Path,
+        limit_s: float,
+        run_folder: Path | None = None,
+        soak: bool = False,
     ) -> None:
         self.limit_s = limit_s
-        self._log = log_dir / f"worker-{os.getpid()}.log"
-        self._setup = Setup(device, plugins, str(self._log), "" if run_folder is None else str(run_folder))
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["harness.worker.child"])
+        self.recycle = None if soak else RECYCLE
+        self.setup = Setup(device, plugins, "", "" if run_folder is None else str(run_folder), soak)
+        self._logs, self._started = log_dir, 0
         self._environments: dict[str, dict[str, str]] = {}
-        self._spare: _Child | None = None
-        self._child = self._start()
+        self._between: tuple[Finding, ...] = ()
+        self._before: list[Item] = []
+        self._leaving: list[Child] = []
+        self._spare: Child | None = None
+        self._child: Child | None = self._start()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -82,136 +80,199 @@ class Supervisor:
         """Stop both children; a deaf one is killed."""
         for child in (self._child, self._spare):
             if child is not None:
-                with suppress(OSError):
-                    send(child.pipe, {"stop": True})
-                child.process.join(timeout=GRACE_S)
-                self._kill(child)
-        self._spare = None
-        coredump.tidy(self._log.parent)
+                self._dismiss(child)
+        self._child = self._spare = None
+        for child in self._leaving:
+            child.process.join(timeout=GRACE_S)
+            child.kill()
+        self._leaving = []
+        coredump.tidy(self._logs)
 
     @property
     def pid(self) -> int:
         """Process id of the child that judges now."""
-        return self._alive().process.pid or 0
+        return self._alive().pid
 
     def probe(self, subject: str) -> tuple[Support, dict[str, str]]:
         """(can the backend run on this device, the environment it would run in). A probe that dies is a refusal."""
         reply = self._ask({"probe": subject})
-        if isinstance(reply, _Death):
-            return Support.no("library", f"its probe died: {_how(reply)}"), {}
+        if isinstance(reply, Death):
+            return Support.no("library", f"its probe died: {death.how(reply)}"), {}
         self._environments[subject] = dict(reply["environment"])
         return Support(**reply["support"]), self._environments[subject]
 
-    def judge(self, case: Case, subject: str) -> Verdict:
-        """The verdict on one case; MoecheckError for a user's fault, WorkerBug for ours."""
+    def judge(self, case: Case, subject: str, after: Sequence[Item] = ()) -> Verdict:
+        """The verdict on one case, in a child that judged the cases `after` before; MoecheckError for a user's fault,
+        WorkerBug for ours."""
         started = time.perf_counter()
-        asked = {"checks": self.checks, "repeats": self.repeats, "rules": self.rules}
-        reply = self._ask({"judge": case.id, "subject": subject, **asked})
+        died = [item for item in after if isinstance(self._ask(self._request(item)), Death)]
+        reply = self._ask(self._request(Item(case.id, subject)))
+        if isinstance(reply, Death):
+            verdict = self._posthumous(case, subject, reply, self._before)
+        else:
+            verdict = self._of(reply)
+            if reply.get("retire"):
+                self._dismiss_current()
+        self._between += tuple(Finding("worker", f"{i.subject}:{i.case_id}, run before, died itself") for i in died)
+        notes, self._between = (*self._between, *verdict.notes), ()
         seconds = round(time.perf_counter() - started, 4)
-        plugins = self._setup.plugins
-        if isinstance(reply, _Death):
-            environment = self._environments.get(subject) or self.probe(subject)[1]
-            verdict = _verdict_of_death(case, subject, reply, self.limit_s)
-            return replace(verdict, environment=environment, seconds=seconds, plugins=plugins)
-        if reply.get("retire"):
-            self._replace()
-        self._environments[subject] = dict(reply["environment"])
-        extra = {"environment": reply["environment"], "seconds": seconds, "plugins": list(plugins)}
-        return Verdict.from_json({**reply["verdict"], **extra})
+        return replace(verdict, seconds=seconds, plugins=self.setup.plugins, notes=notes)
 
-    def _ask(self, request: Message) -> Message | _Death:
-        child, stage = self._alive(), Stage.SUPPORT
-        mark = self._log.stat().st_size if self._log.exists() else 0
-        deadline = time.monotonic() + self.limit_s
+    def _request(self, item: Item) -> Message:
+        asked = {"checks": self.checks, "repeats": self.repeats, "rules": self.rules}
+        return {"judge": item.case_id, "subject": item.subject, **asked}
+
+    def _of(self, reply: Message) -> Verdict:
+        verdict = Verdict.from_json({**reply["verdict"], "environment": reply["environment"]})
+        self._environments[verdict.subject] = verdict.environment
+        notes = death.alarms(reply.get("output", ""), tuple(reply.get("prints", ())))
+        if reason := reply.get("retire"):
+            notes = (*notes, Finding("worker", f"the worker was replaced after this case: {reason}"))
+        return replace(verdict, notes=(*verdict.notes, *notes))
+
+    def _posthumous(self, case: Case, subject: str, reply: Death, before: Sequence[Item]) -> Verdict:
+        verdict = death.verdict(case, subject, reply, self.limit_s, vitals.memory_limit())
+        item, meter = Item(case.id, subject), Meter(self.budget)
+
+        def dies(sequence: Sequence[Item]) -> bool | None:
+            if (reply.hang and meter.left_s < self.limit_s) or not meter.spend():
+                return None
+            return self._replayed(sequence, item, reply)
+
+        verdict = replay.explained(verdict, before, dies)
+        return replace(verdict, environment=self._environments.get(subject) or self.probe(subject)[1])
+
+    def _replayed(self, sequence: Sequence[Item], victim: Item, first: Death) -> bool:
+        """Does the victim die the same way right after these, in a child that has judged nothing else?"""
+        if self._child is not None and self._child.history:
+            self._retire()
+        if any(isinstance(self._ask(self._request(item)), Death) for item in sequence):
+            return False
+        again = self._ask(self._request(victim))
+        return isinstance(again, Death) and again.signature == first.signature
+
+    def _ask(self, request: Message) -> Message | Death:
+        """One request, answered or died of. A fork server's death is nobody's fault: the request is put again, once."""
+        for attempt in range(2):
+            child = self._alive()
+            before = list(child.history)
+            if "judge" in request:
+                child.history.append(Item(request["judge"], request["subject"]))
+            mark, kills = child.log.mark(), vitals.oom_kills()
+            reply = self._conversation(child, request, mark)
+            if not isinstance(reply, Death):
+                if "bug" in reply:
+                    self._retire()
+                return _checked({**reply, "output": child.log.since(mark)} if child.log.mark() > mark else reply)
+            orphaned = child.orphaned()
+            self._retire()
+            if not orphaned or attempt:
+                self._before = before
+                return replace(reply, oom_kills=vitals.oom_kills() - kills)
+            self._retire()  # the spare had the same server
+        raise AssertionError("unreachable")
+
+    def _conversation(self, child: Child, request: Message, mark: int) -> Message | Death:
+        deadline, stage, link = time.monotonic() + self.limit_s, Stage.SUPPORT, ""
         try:
-            send(child.pipe, request)
-            while child.pipe.poll(max(0.0, deadline - time.monotonic())):
-                reply = receive(child.pipe)
+            child.channel.send(request)
+            while (reply := child.next(deadline)) is not None:
                 if "stage" not in reply:
-                    return _checked(reply)
+                    return _readable(reply)
                 stage = Stage(reply["stage"])
-        except (EOFError, OSError):
-            child.process.join(timeout=GRACE_S)
-            return self._bury(child, stage, hung=False, mark=mark)
-        return self._bury(child, stage, hung=True, mark=mark)
+            hang = child.question(mark)
+            gpu = self._gpu(child, mark, hung=True)
+            return Death(stage, None, hang, "", child.log.since(mark), child.resident, gpu=gpu)
+        except (EOFError, OSError, ValueError) as error:  # ValueError: a stage that is none
+            link = str(error) if isinstance(error, CorruptedReply) else f"corrupted reply: {error}"
+            link = link if isinstance(error, CorruptedReply | ValueError) else "closed"
+        code = child.exit_code()
+        return Death(stage, code, "", link, child.log.since(mark), child.resident, gpu=self._gpu(child, mark, hung=False))
 
-    def _bury(self, child: _Child, stage: Stage, hung: bool, mark: int) -> _Death:
-        if hung and child.process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(child.process.pid, signal.SIGUSR1)
-            child.process.join(timeout=GRACE_S)
-        death = _Death(
-            stage, child.process.exitcode, hung, _tail(self._printed(mark).splitlines()), self._gpu(child, hung, mark)
-        )
-        self._replace()
-        return death
-
-    def _gpu(self, child: _Child, hung: bool, mark: int) -> coredump.Facts | None:
+    def _gpu(self, child: Child, mark: int, hung: bool) -> coredump.Facts | None:
         """What the device says of the death."""
-        pid = child.process.pid
-        if self._setup.device.kind != "cuda" or pid is None:
+        if self.setup.device.kind != "cuda":
             return None
         if hung:
-            coredump.trigger(self._log.parent, pid, DUMP_LIMIT_S)
-        return coredump.read(self._log.parent, pid, self._printed(mark))
+            coredump.trigger(self._logs, child.pid, DUMP_LIMIT_S)
+        return coredump.read(self._logs, child.pid, child.log.since(mark))
 
-    def _replace(self) -> None:
-        """The spare takes over."""
-        self._kill(self._child)
-        self._child, self._spare = self._spare or self._start(), None
+    def _retire(self) -> None:
+        """The spare takes over; the child is killed."""
+        old, self._child, self._spare = self._child, self._spare, None
+        if old is not None:
+            old.kill()
 
-    def _alive(self) -> _Child:
+    def _dismiss_current(self) -> None:
+        """The spare takes over; the child ends by itself, so that the libraries in it can tidy up."""
+        old, self._child, self._spare = self._child, self._spare, None
+        if old is not None:
+            self._dismiss(old)
+
+    def _dismiss(self, child: Child) -> None:
+        with suppress(OSError):
+            child.channel.send({"stop": True})
+        child.leave_by = time.monotonic() + LEAVE_S
+        self._leaving.append(child)
+
+    def _alive(self) -> Child:
         """The current child, ready; a spare is started behind it."""
-        if not self._child.ready:
-            if not self._child.pipe.poll(START_LIMIT_S):
-                raise WorkerBug(f"the worker did not start within {START_LIMIT_S:.0f} s; see {self._log}")
-            receive(self._child.pipe)
-            self._child.ready = True
-        if self._spare is None:
-            self._spare = self._start()
-        return self._child
+        child = self._child
+        if child is not None and self.recycle is not None and len(child.history) >= self.recycle:
+            self._dismiss_current()
+        elif child is not None and child.ready and not child.alive():
+            self._found_dead(child)
+        for _ in range(STARTS):
+            if self._child is None:
+                self._child = self._start()
+            if self._child.ready or self._is_ready(self._child):
+                self._leaving = [c for c in self._leaving if not _ended(c)]
+                self._spare = self._spare or self._start()
+                return self._child
+            last = self._child.log.since(0)
+            self._retire()
+        raise WorkerBug(f"{STARTS} workers died or did not start within {START_LIMIT_S:.0f} s; the last one said: {last}")
 
-    def _start(self) -> _Child:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=main, args=(theirs, self._setup), daemon=True)
-        with _no_main_module():
-            process.start()
-        theirs.close()
-        return _Child(process, ours)
+    def _found_dead(self, child: Child) -> None:
+        """It answered, and died before it was asked again: the next verdict tells, but is not to blame."""
+        if child.orphaned():
+            self._retire()  # the child, then below its spare: they had the same server
+        else:
+            last = f" after {child.history[-1].subject}:{child.history[-1].case_id}" if child.history else ""
+            text = f"the worker before this one died between two cases{last}: {death.how(Death(Stage.DONE, child.exit_code()))}"
+            self._between = (Finding("worker", text, {"output": tail(child.log.since(0))}),)
+        self._retire()
 
-    def _kill(self, child: _Child) -> None:
-        if child.process.is_alive():
-            child.process.kill()
-        child.process.join()
-        child.process.close()
-        child.pipe.close()
+    def _is_ready(self, child: Child) -> bool:
+        try:
+            child.ready = child.next(time.monotonic() + START_LIMIT_S) is not None
+        except EOFError:
+            return False
+        return child.ready
 
-    def _printed(self, mark: int) -> str:
-        """What the dead child printed during its last case."""
-        if not self._log.exists():
-            return ""
-        with self._log.open("rb") as log:
-            log.seek(mark)
-            return log.read().decode(errors="replace")
-
-
-def _tail(lines: list[str]) -> str:
-    """The end of the output, but the beginning of a Python stack: its first lines say where it died."""
-    stack = next((i for i, text in enumerate(lines) if "(most recent call first)" in text), None)
-    if stack is None:
-        return "\n".join(lines[-TAIL_LINES:])
-    return "\n".join(lines[max(0, stack - TAIL_LINES // 2) : stack + TAIL_LINES // 2])
+    def _start(self) -> Child:
+        self._started += 1
+        return start(self.setup, self._logs / f"worker-{os.getpid()}-{self._started}.log")
 
 
-@contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Children must not import the caller's __main__ (pytest, the CLI): it costs 0.1 s a fork and can run user code."""
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real
+def _ended(child: Child) -> bool:
+    """Frees what is left of a dismissed child that has ended, or that has had time for it."""
+    if child.alive() and time.monotonic() < child.leave_by:
+        return False
+    child.kill()
+    return True
+
+
+def _readable(reply: Message) -> Message:
+    """ValueError for an answer that is none: a kernel wrote over the child's memory or into its pipe."""
+    if "verdict" in reply:
+        try:
+            Verdict.from_json({**reply["verdict"], "environment": dict(reply["environment"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a verdict: {error}") from error
+    elif not {"support", "user_error", "bug"} & reply.keys():
+        raise ValueError(f"no answer: {sorted(reply)}")
+    return reply
 
 
 def _checked(reply: Message) -> Message:
@@ -220,20 +281,3 @@ def _checked(reply: Message) -> Message:
     if "bug" in reply:
         raise WorkerBug(reply["bug"])
     return reply
-
-
-def _how(death: _Death) -> str:
-    if death.exit_code is None:
-        return "it vanished without an exit status"
-    if death.exit_code < 0:
-        name = signal.Signals(-death.exit_code).name
-        return f"killed by {name}" + (" (the out-of-memory killer does that)" if name == "SIGKILL" else "")
-    return f"the process exited with code {death.exit_code}"
-
-
-def _verdict_of_death(case: Case, subject: str, death: _Death, limit_s: float) -> Verdict:
-    how = f"no answer within {limit_s:g} s" if death.hung else _how(death)
-    status = Status.HUNG if death.hung else Status.CRASHED
-    text = f"{how} during {death.stage}" + (f": {death.gpu.text}" if death.gpu else "")
-    evidence = {"exit_code": death.exit_code, "output": death.tail, **({"gpu": asdict(death.gpu)} if death.gpu else {})}
-    return Verdict(case.id, subject, status, death.stage, text, (Finding("death", text, evidence),))

@@ -127,7 +127,7 @@ def test_a_gate_comes_back_unchanged_up_to_half_a_spacing(share: float, wanted: 
     identity = torch.eye(1, dtype=torch.float64)
     shifted = Activation("shifted", False, False, lambda g: g - share * 2.0**-6, lambda u: u)
     weights, rounding = ExpertWeights(identity, None, identity), Rounding(gate_up="bf16", middle="bf16")
-    variance = middle_variance(forward(3 * identity, weights, shifted), weights, shifted, rounding)
+    variance = middle_error(forward(3 * identity, weights, shifted), weights, shifted, rounding).variance
     assert variance.item() == pytest.approx(ONE + wanted, rel=1e-3)
 
 

@@ -13,7 +13,7 @@ from harness.case import Case
 from harness.diagnose import KINDS
 from harness.errors import PluginError
 from harness.verdict import Status
-from harness.worker.child import _sticky
+from harness.worker.health import sticky
 from harness.worker.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_a_lying_probe_is_the_users_error(tmp_path: Path, probe: str) -> None:
         judge_plugin(tmp_path, probe=probe)
 
 
-def test_a_context_that_answers_with_errors_is_sticky(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_answers_with_errors_issticky(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an illegal access every CUDA call raises until the process is gone: the child must be replaced."""
     gpu = Device("cuda", "sm90")
 
@@ -122,7 +122,7 @@ def test_a_context_that_answers_with_errors_is_sticky(monkeypatch: pytest.Monkey
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr("torch.cuda.synchronize", broken)
-    assert _sticky(gpu)
-    assert not _sticky(CPU)
+    assert sticky(gpu)
+    assert not sticky(CPU)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    assert not _sticky(gpu)
+    assert not sticky(gpu)
