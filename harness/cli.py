@@ -1,10 +1,11 @@
-"""The command line: doctor, list, run, repro; faults (cli_faults.py) and audit (cli_audit.py).
+"""The command line: doctor, list, run, repro; load (cli_bundle.py), faults (cli_faults.py) and audit (cli_audit.py).
 
 Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 import traceback
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, cli_audit, config, plan
+from harness import __version__, cli_audit, cli_bundle, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
@@ -40,6 +41,7 @@ app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
+app.command("load")(cli_bundle.load)
 
 
 def _absolute(paths: list[str] | None) -> list[str]:
@@ -68,7 +70,9 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     plugin: Plugins = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="New run folder; default: runs/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the interrupted run in this folder.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1)] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1, max=config.MAX_LIMIT_S)
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
 ) -> None:
     """Judge every planned case and print the table."""
@@ -107,6 +111,7 @@ def repro(
     backend: Backends = None,
     plugin: Plugins = None,
     limit: Annotated[float, typer.Option(help="Time limit in seconds.")] = 300.0,
+    bundle: cli_bundle.Folder = None,
 ) -> None:
     """Judge one case again, alone in a fresh child, and say everything about it."""
     case = Case.parse(case_id)
@@ -115,11 +120,14 @@ def repro(
     device = device_of(platform or detected_platform())
     request = Request(device.arch, "smoke", tuple(backend or ()), cases=(case.id,), plugins=plugins)
     chosen = [item.subject for item in plan.make(request, found, device).items]
+    folder = None if bundle is None else cli_bundle.one_subject(bundle, chosen)
     failed = False
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
         for subject in chosen:
             verdict = mark(worker.judge(case, subject), config.known_issues())
             out.print(explain(verdict), markup=False)
+            if folder is not None:
+                out.print(cli_bundle.bundle(folder, verdict, worker, plugins, device), markup=False)
             failed |= verdict.status.failed
     raise typer.Exit(KERNEL_FAILED if failed else CLEAN)
 
@@ -170,6 +178,9 @@ def _plan(request: Request, here: bool = True) -> Plan:
 def main() -> NoReturn:
     """Console entry point: every fault of the user is one message and exit code 3."""
     code = CLEAN
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a message may quote what no encoding holds, or a terminal speak ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or CLEAN
     except typer.Abort:

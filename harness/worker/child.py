@@ -106,6 +106,10 @@ def _answer(request: Message, backends: dict[str, Backend], setup: Setup, pipe: 
     backend = backends[name]
     if "probe" in request:
         return {"support": asdict(checked_probe(backend, setup.device)), "environment": environment(backend, setup.device)}
+    if "bundle" in request:  # safetensors is nobody else's business
+        from harness.bundle.collect import collect
+
+        return {"collected": collect(Case.parse(str(request["bundle"])), backend, setup.device, Path(request["folder"]))}
     case = Case.parse(str(request["judge"]))
     progress = Progress(lambda stage: send(pipe, {"stage": stage.value}))
     if setup.run_folder:

@@ -1,9 +1,9 @@
 """What supervisor and child say to each other: one JSON object a message, over a pipe.
 
 supervisor -> child   {"judge": case_id, "subject": name, "checks": number or null, "rules": bool} | {"probe": name}
-                      | {"stop": true}
+                      | {"bundle": case_id, "subject": name, "folder": path} | {"stop": true}
 child -> supervisor   {"ready": pid} | {"stage": name} | {"support": {...}}
-                      | {"verdict": {...}, "retire": true if the child must be replaced}
+                      | {"collected": {...}} | {"verdict": {...}, "retire": true if the child must be replaced}
                       | {"user_error": class, "text": ...} | {"bug": traceback}
 """
 

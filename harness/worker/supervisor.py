@@ -113,6 +113,15 @@ class Supervisor:
         extra = {"environment": reply["environment"], "seconds": seconds, "plugins": list(plugins)}
         return Verdict.from_json({**reply["verdict"], **extra})
 
+    def collect(self, case: Case, subject: str, folder: Path) -> Message:
+        """What `harness.bundle.collect` finds, in a child that has judged nothing: a kernel may have scribbled on this one."""
+        self._replace()
+        reply = self._ask({"bundle": case.id, "subject": subject, "folder": str(folder)})
+        if not isinstance(reply, _Death):
+            return dict(reply["collected"])
+        how = f"no answer within {self.limit_s:g} s" if reply.hung else _how(reply)
+        return {"tensors": {}, "draw": None, "expected": {}, "problem": f"the inputs could not be collected: {how}"}
+
     def _ask(self, request: Message) -> Message | _Death:
         child, stage = self._alive(), Stage.SUPPORT
         mark = self._log.stat().st_size if self._log.exists() else 0
