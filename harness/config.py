@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, SKEWS, Recipe
 from harness.errors import ConfigError, MoecheckError, UnknownName
 from harness.known import KnownIssue
-from harness.reading import MAX_DEPTH, printable, regular
+from harness.reading import MAX_DEPTH, MAX_INTEGER, printable, regular
 from harness.verdict import Status
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
@@ -187,8 +187,8 @@ Model = TypeVar("Model", bound=BaseModel)
 def load(path: Path, model: type[Model]) -> Model:
     """Read one YAML file as `model`; ConfigError says file, line, given and wanted."""
     text = _text(path)
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         data = None if node is None else loader.construct_document(node)
     except yaml.reader.ReaderError as error:
@@ -196,12 +196,8 @@ def load(path: Path, model: type[Model]) -> Model:
         raise ConfigError(str(path), line, f"the character {error.character:#04x}", f"YAML: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = printable(str(error.problem or error.context))[:300]
-        raise ConfigError(
-            str(path), 1 if mark is None else mark.line + 1, "text that is not YAML", f"YAML: {problem}"
-        ) from error
-    finally:
-        loader.dispose()
+        wanted = f"YAML: {printable(str(error.problem or error.context))[:300]}"
+        raise ConfigError(str(path), 1 if mark is None else mark.line + 1, "text that is not YAML", wanted) from error
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -243,9 +239,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise yaml.constructor.ConstructorError(None, None, "an integer beyond 64 bits", node.start_mark)
+        return value
 
 
 def _wanted(error: Any, model: type[BaseModel]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from harness.errors import RunFolderError
+from harness.case import Case
+from harness.errors import MoecheckError, RunFolderError
 from harness.reading import parse_json, printable, regular
 from harness.select import Item
 from harness.verdict import Verdict
@@ -86,10 +87,11 @@ def _parse(path: Path) -> tuple[list[Verdict], int]:
     for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
             verdict = typed(parse_json(line))
+            Case.parse(verdict.case_id)
             first = lines.setdefault(Item(verdict.case_id, verdict.subject), number)
             if first != number:
                 raise ValueError(f"{verdict.subject} on {verdict.case_id} has one on line {first} already")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, MoecheckError) as error:
             text = printable(f"{type(error).__name__}: {error}")[:500]
             raise RunFolderError(f"{path}:{number}: not a verdict: {text}; {HINT}") from error
         verdicts.append(verdict)

@@ -51,7 +51,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan: two runs can share a folder only if theirs are equal."""
-        return hashlib.sha256(json.dumps([asdict(i) for i in self.items]).encode()).hexdigest()[:16]
+        return digest_of([asdict(item) for item in self.items])
 
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
@@ -62,6 +62,11 @@ class Plan:
         temporary = folder / f".{NAME}"
         temporary.write_text(text)
         temporary.replace(folder / NAME)  # whole or not there: a kill must not leave half a plan
+
+
+def digest_of(items: object) -> str:
+    """Of plain data, the items as a plan's file has them."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 def load(folder: Path) -> Plan:

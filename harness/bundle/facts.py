@@ -15,18 +15,8 @@ from harness.device import driver_version, version
 
 PREFIXES = ("CUDA_", "TORCH", "TRITON_", "FLASHINFER_", "VLLM_")
 NAMES = ("OMP_NUM_THREADS",)
-SECRET = {
-    "KEY",
-    "KEYS",
-    "TOKEN",
-    "SECRET",
-    "SECRETS",
-    "PASSWORD",
-    "PASSWD",
-    "AUTH",
-    "CREDENTIAL",
-    "CREDENTIALS",
-}  # a word of a name
+# words of the names of secrets (VLLM_API_KEY); VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE is none
+SECRET = {"KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "AUTH", "CREDENTIAL", "CREDENTIALS"}
 CREDENTIALS_IN_URL = re.compile(r"://[^/\s@]*@")
 WHEELS = re.compile(r"(torch|triton|flashinfer|vllm|nvidia|onnx|numpy|cuda|ml[-_]dtypes)", re.IGNORECASE)
 
