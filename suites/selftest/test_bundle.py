@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import runpy
 import subprocess
@@ -201,12 +202,16 @@ def test_a_failure_is_bundled_and_judged_again(moecheck: Callable[..., Any], tmp
     code, _, err = moecheck("load", str(folder))
     assert code == 3
     assert "broken_gate_up_swapped" in err
+    marker = tmp_path / "executed"
+    (folder / m.SCRIPT).write_text(f"open({str(marker)!r}, 'w')")
+    signed(folder, m.SCRIPT)
     for launch, outcome, wanted in (("", "same failure", 1), (ZEROS, "another failure", 1), (RIGHT, "passes here", 0)):
         plugin = tmp_path / "mine.py"
         plugin.write_text(MINE.format(launch=launch))
         code, out, _ = moecheck("load", str(folder), "--plugin", str(plugin) if launch else EXAMPLES)
         assert out.splitlines()[-1].startswith(f"{outcome}: WRONG gate_up_swap there, "), out
         assert code == wanted
+    assert not marker.exists()
 
 
 def test_a_prepare_that_dies_leaves_a_bundle_that_says_so(moecheck: Callable[..., Any], tmp_path: Path) -> None:
@@ -244,6 +249,13 @@ def test_another_exit_is_another_failure() -> None:
 def edited(folder: Path, **changes: Any) -> None:
     path = folder / m.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def signed(folder: Path, name: str) -> None:
+    """The manifest says what the file is now: whoever edits a bundle can do that too."""
+    data = (folder / name).read_bytes()
+    files = json.loads((folder / m.MANIFEST).read_text())["files"]
+    edited(folder, files={**files, name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}})
 
 
 def linked(folder: Path, name: str) -> None:

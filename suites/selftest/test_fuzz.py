@@ -112,8 +112,8 @@ MODEL = 'hidden: 64\ninter: 32\nexperts: 4\ntop_k: 2\nrouting: default\nactivati
         (MODEL.encode() + b"x: " + b"y" * 5000 + b"\n", 8, "known key"),
     ],
 )
-def test_yaml_that_once_broke_the_reader_is_located(tmp_path: Path, text: bytes, line: int, said: str) -> None:
-    """Each raised something else than ConfigError, unfolded to gigabytes, or answered with pages."""
+def test_yaml_that_no_parser_likes_is_located(tmp_path: Path, text: bytes, line: int, said: str) -> None:
+    """Most raised something else than ConfigError, or named no line; the laughs unfold to gigabytes in a message."""
     file = tmp_path / "models" / "m.yaml"
     file.parent.mkdir()
     file.write_bytes(text)
@@ -139,7 +139,7 @@ def test_a_yaml_file_that_is_no_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["moe.bf16.t" + "9" * 5000, REAL.replace(".s0", ".s" + "9" * 4400), REAL + "\0", REAL + "\ud800"]
 )
-def test_a_case_id_that_once_broke_the_parser_is_refused(text: str) -> None:
+def test_a_case_id_that_no_integer_holds_is_refused(text: str) -> None:
     """int() of more than 4300 digits is a ValueError of its own."""
     with pytest.raises(CaseError) as caught:
         Case.parse(text)
@@ -209,7 +209,7 @@ def test_a_case_judged_twice_is_located(tmp_path: Path) -> None:
     ],
 )
 def test_a_plan_of_wrong_types_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    """With a digest that fits: whoever edits the one can compute the other."""
+    """With a digest that fits: whoever edits the one can compute the other. The run would fail at its first case, or wait."""
     plan.Plan(plan.Request("cpu", "smoke"), 60.0, (Item(REAL, SUBJECT),)).save(tmp_path)
     file = tmp_path / plan.NAME
     data = {**json.loads(file.read_text()), **change}
