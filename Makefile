@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIER ?= smoke
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint bench calibrate witnesses mutants clean
+.PHONY: run test lint bench calibrate fuzz witnesses mutants clean
 
 run: $(READY)
 	$(BIN)/moecheck run --tier $(TIER) --verbose
@@ -26,6 +26,10 @@ bench: $(READY)
 # Right kernels on random cases: every alarm is the judge's fault, and the mean of z**2 must be 1.
 calibrate: $(READY)
 	$(BIN)/python -m harness.calibrate --verdicts $(or $(VERDICTS),10000) --seed $(or $(SEED),0)
+
+# Malformed bundles, journals, plans, YAML and case ids; the last line has the count, the exit status the verdict.
+fuzz: $(READY)
+	$(BIN)/python -m harness.fuzz --count $(or $(COUNT),5000) --seed $(or $(SEED),0)
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -22,6 +22,7 @@ ACTIVATION_FORMATS = ("standard",)
 FILLS = ("exact", "real", "onehot", "idcode")  # the last two: exact probes, harness/idcode.py
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
 AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
+MAX_ID = 300  # characters: a file name holds 255 of them, and Python reads numbers of 4300 digits at most
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
 MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
 LEAST_QUANTISED = 4  # columns of a row that shares one scale: peak, two constant features (harness/exact.py), one value
@@ -120,9 +121,9 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         """The case called `text`; CaseError or UnknownName says what is wrong with it."""
-        match = _ID.fullmatch(text.strip())
+        match = _ID.fullmatch(text.strip()) if len(text) <= MAX_ID else None
         if match is None:
-            raise CaseError(f"case id {text!r} does not parse; wanted e.g. {EXAMPLE_ID}")
+            raise CaseError(f"case id {text!r:.{MAX_ID}} does not parse; wanted e.g. {EXAMPLE_ID}")
         given = match.groupdict()
         case = cls(
             op=given["op"],

@@ -1,15 +1,15 @@
-"""The command line: doctor, list, run, repro; faults, audit and shrink in cli_faults.py, cli_audit.py and cli_shrink.py.
+"""The command line: doctor, list, run; repro in cli_repro.py, load, faults, audit and shrink in cli_bundle.py and the like.
 
 Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user's fault.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,21 +19,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, cli_audit, config, plan
+from harness import __version__, cli_audit, cli_bundle, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
-from harness.case import Case
 from harness.cli_faults import faults
+from harness.cli_options import Backends, Cases, Ops, Platform, Plugins, TierName
+from harness.cli_repro import repro
 from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
 from harness.errors import MoecheckError
-from harness.known import mark
 from harness.plan import Plan, Request
-from harness.report.text import explain
 from harness.run import Incomplete, execute
-from harness.select import Item
 from harness.session import detected_platform, device_of, new_folder
-from harness.worker import sanitizer as sanitizers
 from harness.worker.supervisor import Supervisor, WorkerBug
 
 CLEAN, KERNEL_FAILED, INCOMPLETE, USER_ERROR = 0, 1, 2, 3
@@ -45,22 +42,7 @@ app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
-
-
-def _absolute(paths: list[str] | None) -> list[str]:
-    """Plans and rerun lines must work from any folder."""
-    return [str(Path(path).absolute()) if path.endswith(".py") or "/" in path else path for path in paths or ()]
-
-
-Platform = Annotated[str | None, typer.Option(help="Platform file under configs/platforms; default: this machine's.")]
-TierName = Annotated[str | None, typer.Option("--tier", help="Tier file under configs/tiers.")]
-Backends = Annotated[list[str] | None, typer.Option("--backend", "-b", help="Backend to judge; repeatable.")]
-Ops = Annotated[list[str] | None, typer.Option("--op", help="Operation to judge; repeatable.")]
-Cases = Annotated[list[str] | None, typer.Option("--case", "-c", help="Case id, or a pattern with *; repeatable.")]
-Plugins = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", callback=_absolute, help="Python file or module that defines BACKENDS or FAULTS; repeatable."),
-]
+app.command("load")(cli_bundle.load)
 
 
 @app.command()
@@ -73,7 +55,9 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     plugin: Plugins = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="New run folder; default: runs/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the interrupted run in this folder.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1)] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1, max=config.MAX_LIMIT_S)
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
     soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
@@ -110,57 +94,7 @@ def list_(
     err.print(f"{len(the_plan.items)} cases: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 
 
-@app.command()
-def repro(
-    case_id: Annotated[str, typer.Argument(metavar="ID", help="Case id, as a verdict prints it.")],
-    platform: Platform = None,
-    backend: Backends = None,
-    plugin: Plugins = None,
-    limit: Annotated[float, typer.Option(help="Time limit in seconds.")] = 300.0,
-    sanitizer: Annotated[str | None, typer.Option(help=f"Under compute-sanitizer: {', '.join(sanitizers.TOOLS)}.")] = None,
-    after: Annotated[
-        list[str] | None, typer.Option(metavar="[BACKEND:]ID", help="Case judged before it in the same process; repeatable.")
-    ] = None,
-) -> None:
-    """Judge one case again, alone in a fresh child or after others, and say everything about it."""
-    case = Case.parse(case_id)
-    plugins = tuple(plugin or ())
-    found = discover(plugins)
-    device = device_of(platform or detected_platform())
-    request = Request(device.arch, "smoke", tuple(backend or ()), cases=(case.id,), plugins=plugins)
-    chosen = [item.subject for item in plan.make(request, found, device).items]
-    failed = False
-    if sanitizer is not None:
-        folder = Path(tempfile.mkdtemp(prefix="moecheck-sanitizer-"))  # stays: the tool's whole report lies there
-        orders = [sanitizers.Order(case.id, name, device, plugins, str(folder / f"{name}.json")) for name in chosen]
-        raise typer.Exit(_sanitized(orders, sanitizer, limit))
-    for subject in chosen:
-        before = [_item(text, subject, found) for text in after or ()]
-        with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(device, plugins, Path(logs), limit) as worker:
-            worker.repeats = config.tier("nightly").repeats
-            verdict = mark(worker.judge(case, subject, before), config.known_issues())
-        out.print(explain(verdict), markup=False)
-        failed |= verdict.status.failed
-    raise typer.Exit(KERNEL_FAILED if failed else CLEAN)
-
-
-def _item(text: str, subject: str, found: Mapping[str, Backend]) -> Item:
-    """BACKEND:ID or ID, of `subject` then."""
-    backend, _, case_id = text.rpartition(":")
-    return Item(Case.parse(case_id).id, plan.known_backend(backend or subject, found).name)
-
-
-def _sanitized(orders: list[sanitizers.Order], tool: str, limit: float) -> int:
-    """One process under compute-sanitizer after another; 1 if a kernel failed."""
-    failed = False
-    for order in orders:
-        verdict, said = sanitizers.judge(order, tool, limit)
-        out.print(explain(verdict), markup=False)
-        out.print(said, markup=False)
-        failed |= verdict.status.failed
-    return KERNEL_FAILED if failed else CLEAN
-
-
+app.command()(repro)
 app.command()(faults)
 app.command()(shrink)
 
@@ -208,6 +142,9 @@ def _plan(request: Request, here: bool = True) -> Plan:
 def main() -> NoReturn:
     """Console entry point: every fault of the user is one message and exit code 3."""
     code = CLEAN
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a message may quote what no encoding holds, or a terminal speak ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or CLEAN
     except typer.Abort:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from harness.cli_options import Platform, Plugins
 from harness.errors import UnknownName
 from harness.faults import matrix
 from harness.faults.campaign import Campaign
@@ -21,10 +22,10 @@ SURVIVED = 1  # exit code: a fault survived or a clean subject raised an alarm
 
 
 def faults(  # noqa: PLR0913 - typer turns parameters into options
-    platform: Annotated[str | None, typer.Option(help="Platform file; default: this machine's.")] = None,
+    platform: Platform = None,
     tier: Annotated[str, typer.Option(help="Tier whose plan is run.")] = "ci",
     fault: Annotated[list[str] | None, typer.Option("--fault", "-f", help="Fault, or a pattern with *; repeatable.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="Python file or module that defines FAULTS; repeatable.")] = None,
+    plugin: Plugins = None,
     thorough: Annotated[bool, typer.Option(help="Judge every case even when a fault is long dead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score and the matrix.")] = None,
     page: Annotated[Path | None, typer.Option("--markdown", help="Write the matrix as a page.")] = None,
@@ -34,7 +35,7 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
 ) -> None:
     """Run a tier's plan against every planted historical bug: the kill matrix."""
     out = Console(soft_wrap=True, highlight=False)
-    plugins = tuple(str(Path(p).absolute()) if p.endswith(".py") else p for p in plugin or ())
+    plugins = tuple(plugin or ())
     device = device_of(platform or detected_platform())
     workers = jobs or (min(4, os.cpu_count() or 1) if device.kind == "cpu" else 1)
     campaign = Campaign(device.arch, device, tier, plugins, workers, thorough)

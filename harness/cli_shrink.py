@@ -15,6 +15,7 @@ from harness import config
 from harness.backends import discover
 from harness.backends.base import Backend, Device
 from harness.case import Case
+from harness.cli_options import Platform, Plugins
 from harness.errors import MoecheckError
 from harness.isolated import Isolated
 from harness.known import mark
@@ -34,15 +35,15 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 def shrink(  # noqa: PLR0913 - typer turns parameters into options
     case_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a case that fails, as its verdict prints it.")],
     backend: Annotated[str, typer.Option("--backend", "-b", help="The backend it fails on.")],
-    platform: Annotated[str | None, typer.Option(help="Platform file; default: this machine's.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="Python file or module that defines it; repeatable.")] = None,
+    platform: Platform = None,
+    plugin: Plugins = None,
     limit: Annotated[float, typer.Option(help="Seconds a case may take: more is a hang.", min=0.1)] = 60.0,
     budget: Annotated[float, typer.Option(help="Seconds after which no further case is started.", min=1)] = 600.0,
     runs: Annotated[int, typer.Option(help="Cases after which no further one is started.", min=1)] = 1000,
 ) -> None:
     """Shrink a failing case to the smallest that fails in the same way: sizes, routing, activation, fill and seed."""
     case = Case.parse(case_id)
-    plugins = tuple(str(Path(p).absolute()) if p.endswith(".py") or "/" in p else p for p in plugin or ())
+    plugins = tuple(plugin or ())
     subject = known_backend(backend, discover(plugins))
     device = device_of(platform or detected_platform())
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Isolated(device, plugins, Path(logs), limit) as workers:

@@ -10,14 +10,17 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, SKEWS, Recipe
+from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, SKEWS, Recipe
 from harness.errors import ConfigError, MoecheckError, UnknownName
 from harness.known import KnownIssue
+from harness.reading import MAX_DEPTH, MAX_INTEGER, printable, regular
 from harness.verdict import Status
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
+MAX_BYTES = 1 << 20  # of a YAML file: the largest here has 8 KiB
+MAX_LIMIT_S = 86400.0  # a case that takes a day hangs
 SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
 NAMES: Mapping[str, tuple[str, ...]] = {
     "routing": tuple(RULES),
@@ -42,7 +45,7 @@ def _recipe(text: str) -> str:
 
 
 RecipeText = Annotated[str, AfterValidator(_recipe)]
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
 Source = Annotated[str, Field(min_length=8)]
 
 
@@ -135,7 +138,7 @@ class ProductionRow(Strict):
 
     model: str
     tokens: tuple[Size, ...]
-    tp: int = 1
+    tp: int = Field(default=1, ge=1)
     recipe: tuple[RecipeText, ...]
     fill: tuple[str, ...] = ("real",)
     experts: int | None = None
@@ -151,7 +154,7 @@ class Tier(Strict):
 
     name: str
     strength: int = Field(ge=1, le=3)
-    limit_s: float = Field(gt=0)
+    limit_s: float = Field(gt=0, le=MAX_LIMIT_S)
     checks: int | None = Field(default=None, ge=0)
     repeats: int = Field(default=0, ge=0)
     probes: tuple[str, ...] = ()
@@ -196,21 +199,65 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def load(path: Path, model: type[Model]) -> Model:
     """Read one YAML file as `model`; ConfigError says file, line, given and wanted."""
+    text = _text(path)
     try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(str(path), None, "an unreadable file", f"YAML: {error.strerror}") from error
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = None if node is None else loader.construct_document(node)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(str(path), line, f"the character {error.character:#04x}", f"YAML: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
-        line = None if error.problem_mark is None else error.problem_mark.line + 1
-        raise ConfigError(str(path), line, "text that is not YAML", f"YAML: {error.problem}") from error
+        mark = error.problem_mark or error.context_mark
+        wanted = f"YAML: {printable(str(error.problem or error.context))[:300]}"
+        raise ConfigError(str(path), 1 if mark is None else mark.line + 1, "text that is not YAML", wanted) from error
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        given = f"{'.'.join(map(str, first['loc']))} = {first['input']!r:.80}"
-        raise ConfigError(str(path), _line(node, first["loc"]), given, _wanted(first, model)) from error
+        given = printable(f"{'.'.join(map(str, first['loc']))} = {first['input']!r:.80}"[:300])
+        raise ConfigError(str(path), _line(node, first["loc"]) or 1, given, printable(_wanted(first, model)[:500])) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        data = regular(path, MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(str(path), None, "an unreadable file", f"YAML: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(str(path), None, f"a file that is not read: {error}", "YAML") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(str(path), line, f"the byte {data[error.start]:#04x}", "YAML in UTF-8") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only: no tags that build objects (SafeLoader), no aliases (nine lines of them unfold to gigabytes in a
+    message), no nesting that the parser's recursion does not survive, no scalar that Python's own types refuse."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not taken here", event.start_mark)  # type: ignore[arg-type]
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_DEPTH} levels", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise yaml.constructor.ConstructorError(None, None, "an integer beyond 64 bits", node.start_mark)
+        return value
 
 
 def _wanted(error: Any, model: type[BaseModel]) -> str:

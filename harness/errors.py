@@ -6,7 +6,8 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- UnknownName               no backend / platform / tier / format of that name: the nearest ones
 |-- PluginError               a plugin that does not import, declares nothing, or lies about what it is
 |-- SelectionError            nothing left to run
-`-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+|-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+`-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
 
 from __future__ import annotations
@@ -51,3 +52,7 @@ class SelectionError(MoecheckError):
 
 class RunFolderError(MoecheckError):
     """The run folder cannot be used."""
+
+
+class BundleError(MoecheckError):
+    """A repro bundle that cannot be written, or cannot be trusted enough to be read."""

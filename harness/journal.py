@@ -5,14 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
-from harness.errors import RunFolderError
+from pydantic import TypeAdapter
+
+from harness.case import Case
+from harness.errors import MoecheckError, RunFolderError
+from harness.reading import parse_json, printable, regular
 from harness.select import Item
 from harness.verdict import Verdict
 
 NAME = "journal.jsonl"
 MAX_LINE = 2 << 20  # bytes: twice what the worker may answer
+MAX_BYTES = 1 << 30  # a verdict is a few KiB: some hundred thousand of them
+HINT = "--resume drops only a last line without its end; delete this line and its case is judged again"
+_TYPED = TypeAdapter(Verdict)
 
 
 class Journal:
@@ -20,7 +28,10 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}") from error
         try:
             self.done = self._lock_and_read()
         except BaseException:
@@ -92,17 +103,33 @@ def read(folder: Path) -> list[Verdict]:
     return _parse(folder / NAME)[0]
 
 
+def typed(data: object) -> Verdict:
+    """The verdict that `data` is, every field of the type that its readers rely on; ValueError, KeyError, TypeError or
+    AttributeError if it is none."""
+    return _TYPED.validate_python(asdict(Verdict.from_json(data)))  # type: ignore[arg-type]
+
+
 def _parse(path: Path, size: int | None = None) -> tuple[list[Verdict], int]:
     """(verdicts, bytes up to the last whole line) of the first `size` bytes. RunFolderError with file and line for anything
     that is no verdict."""
     if not path.exists():
         return [], 0
-    data = path.read_bytes()[:size]
+    try:
+        data = regular(path, MAX_BYTES)[:size]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from error
     whole = data.rfind(b"\n") + 1
-    verdicts = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    verdicts: list[Verdict] = []
+    lines: dict[Item, int] = {}
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
-            verdicts.append(Verdict.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunFolderError(f"{path}:{number}: not a verdict: {type(error).__name__}: {error}") from error
+            verdict = typed(parse_json(line))
+            Case.parse(verdict.case_id)
+            first = lines.setdefault(Item(verdict.case_id, verdict.subject), number)
+            if first != number:
+                raise ValueError(f"{verdict.subject} on {verdict.case_id} has one on line {first} already")
+        except (ValueError, KeyError, TypeError, AttributeError, MoecheckError) as error:
+            text = printable(f"{type(error).__name__}: {error}")[:500]
+            raise RunFolderError(f"{path}:{number}: not a verdict: {text}; {HINT}") from error
+        verdicts.append(verdict)
     return verdicts, whole

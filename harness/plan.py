@@ -10,14 +10,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from harness import config
 from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
+from harness.reading import parse_json, printable, regular
 from harness.select import Item, plan_backend, probes
 
 NAME = "plan.json"
 SCHEMA = 1
+MAX_BYTES = 1 << 28  # 150 bytes an item: more than a million of them
+HINT = "give a folder made by moecheck run"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan: two runs can share a folder only if theirs are equal."""
-        return hashlib.sha256(json.dumps([asdict(i) for i in self.items]).encode()).hexdigest()[:16]
+        return digest_of([asdict(item) for item in self.items])
 
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
@@ -64,22 +69,37 @@ class Plan:
         temporary.replace(folder / NAME)  # whole or not there: a kill must not leave half a plan
 
 
+def digest_of(items: object) -> str:
+    """Of plain data, the items as a plan's file has them."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
 def load(folder: Path) -> Plan:
     """The plan of a run folder; RunFolderError if there is none or it is not ours."""
     path = folder / NAME
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(regular(path, MAX_BYTES))
         if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']!r}, this moecheck reads {SCHEMA}")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()}
-        request = Request(**given)
-        items, replay = tuple(Item(**item) for item in data["items"]), data.get("replay", (0, 0.0))
-        budget, repeats = (int(replay[0]), float(replay[1])), int(data.get("repeats", 0))
-        plan = Plan(request, float(data["limit_s"]), items, data["checks"], repeats, budget)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunFolderError(f"{path}: not a moecheck plan ({error}); give a folder made by moecheck run") from error
-    if plan.digest != data["digest"]:
-        raise RunFolderError(f"{path}: its items do not match its digest; the file was edited, start a new run")
+            raise ValueError(f"schema {data['schema']!r:.80}, this moecheck reads {SCHEMA}")
+        plan = _plan(data)
+        if plan.digest != data["digest"]:
+            raise RunFolderError(f"{path}: its items do not match its digest; the file was edited, start a new run")
+        for item in plan.items:
+            Case.parse(item.case_id)
+    except OSError as error:
+        raise RunFolderError(f"{path}: not a moecheck plan ({error.strerror}); {HINT}") from error
+    except (ValueError, KeyError, TypeError, CaseError, UnknownName) as error:
+        raise RunFolderError(f"{path}: not a moecheck plan ({printable(str(error))[:500]}); {HINT}") from error
+    return plan
+
+
+def _plan(data: dict[str, Any]) -> Plan:
+    """ValueError, KeyError or TypeError for a key too many, too few, or of another type."""
+    items = tuple(Item(**item) for item in data["items"])
+    plan = Plan(Request(**data["request"]), data["limit_s"], items, data["checks"], data["repeats"], data["replay"])
+    plan = TypeAdapter(Plan).validate_python(asdict(plan))
+    if not 0 < plan.limit_s <= config.MAX_LIMIT_S or (plan.checks or 0) < 0 or not plan.items:
+        raise ValueError(f"limit_s {plan.limit_s}, checks {plan.checks}, {len(plan.items)} items")
     return plan
 
 

@@ -86,6 +86,8 @@ class Backend:
     prepare(case, inputs): pack and bind. exempt: check of harness/relations.py -> why it is not promised here.
     expert_parallel: it reads `inputs.local`, skips the slots of other ranks' experts and adds nothing for them.
     prints: regular expressions of lines that its library prints when something failed and it carries on; they become notes.
+    script(case): Python text that defines `call(b)`, the same call on the `Launch.buffers` by name, with torch and the library
+    only, for a maintainer who has no moecheck. It stands in the file of `prepare`: with another `prepare` it is not used.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Backend:
     exempt: Mapping[str, str] = field(default_factory=dict)
     expert_parallel: bool = False
     prints: tuple[str, ...] = ()
+    script: Callable[[Case], str] | None = None
 
     def supports(self, case: Case, device: Device) -> Support:
         """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""

@@ -6,7 +6,7 @@ hold a second copy of the weights, and constant 8-bit block-wise experts get int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,7 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         buffers[f"{name}_weights"] = torch.stack([_interleave([codes for codes, _ in halves]) for halves in matrices])
         if bits is not None:
             buffers[f"{name}_scales"] = torch.stack([_interleave([scales for _, scales in halves]) for halves in matrices])
-    # QMoE ignores normalize_routing_weights; it gathers the weights of its own top-k from here and takes them as they are
-    weighted = bits is not None and case.routing == "default"
+    weighted = _weighted(case)
 
     def given() -> dict[str, Tensor]:
         return {**buffers, "router_weights": buffers["logits"].double().softmax(-1).float()} if weighted else buffers
@@ -101,6 +100,11 @@ def contract(case: Case, rows: int) -> tuple[Argument, ...]:
     return tuple(arguments)
 
 
+def _weighted(case: Case) -> bool:
+    """QMoE ignores normalize_routing_weights; it gathers the weights of its own top-k from router_weights, as they are."""
+    return case.recipe.weights in BITS and case.routing == "default"
+
+
 def _pack(matrix: Quantized, bits: int | None) -> tuple[Tensor, Tensor]:
     """(stored codes [rows, columns * bits / 8], scales [rows]) of one matrix [rows, columns]; scales are empty in fp32."""
     if matrix.scales is None or bits is None:
@@ -116,19 +120,25 @@ def _interleave(halves: list[Tensor]) -> Tensor:
     return torch.stack(halves, dim=1).flatten(0, 1)
 
 
-def _model(case: Case, buffers: Mapping[str, Tensor]) -> bytes:
-    """A model of one node with the buffers as its inputs, all sizes free."""
-    from onnx import TensorProto, helper
-
-    types = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}
+def _node(case: Case, given: Iterable[str]) -> tuple[str, list[str], dict[str, float | int | str]]:
+    """(operator, its inputs by position, its attributes)."""
     op, order = ("MoE", MOE_INPUTS) if case.recipe.weights == "fp32" else ("QMoE", QMOE_INPUTS)
-    names = [name if name in buffers else "" for name in order]
+    names = [name if name in given else "" for name in order]
     while not names[-1]:
         names.pop()
     attributes = {"k": case.shape.top_k, "normalize_routing_weights": int(case.routing == "renormalize")}
     if op == "QMoE":
         attributes["expert_weight_bits"] = BITS[case.recipe.weights]
-    node = helper.make_node(op, names, ["out"], domain=DOMAIN, **attributes, **ACTIVATIONS[case.activation])
+    return op, names, {**attributes, **ACTIVATIONS[case.activation]}
+
+
+def _model(case: Case, buffers: Mapping[str, Tensor]) -> bytes:
+    """A model of one node with the buffers as its inputs, all sizes free."""
+    from onnx import TensorProto, helper
+
+    types = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}
+    op, names, attributes = _node(case, buffers)
+    node = helper.make_node(op, names, ["out"], domain=DOMAIN, **attributes)
     given = [helper.make_tensor_value_info(n, types[t.dtype], [None] * t.dim()) for n, t in buffers.items()]
     out = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None, None])]
     opsets = [helper.make_opsetid(*opset) for opset in OPSETS]
@@ -151,6 +161,38 @@ def _run(session: Any, buffers: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in buffers.items()})[0])
 
 
+SCRIPT = """\
+import onnxruntime
+from onnx import TensorProto, helper
+
+TYPES = {{torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}}
+
+
+def call(b):
+    {weights}
+    node = helper.make_node({op!r}, {names!r}, ["out"], domain={domain!r}, **{attributes!r})
+    given = [helper.make_tensor_value_info(name, TYPES[t.dtype], [None] * t.dim()) for name, t in b.items()]
+    out = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None, None])]
+    opsets = [helper.make_opsetid(*opset) for opset in {opsets!r}]
+    graph = helper.make_graph([node], {op!r}, given, out)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version={ir_version})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {{name: t.numpy() for name, t in b.items()}})[0])
+"""
+WEIGHTS = 'b = {**b, "router_weights": b["logits"].double().softmax(-1).float()}'
+
+
+def script(case: Case) -> str:
+    """The one-node model and its session as straight-line text; wants onnx beside onnxruntime."""
+    quantised, weighted = case.recipe.weights in BITS, _weighted(case)
+    given = {"x", "logits", "fc1_weights", "fc2_weights"}
+    given |= {"fc1_scales", "fc2_scales"} if quantised else set()
+    given |= {"router_weights"} if weighted else set()
+    op, names, attributes = _node(case, given)
+    text = {"op": op, "names": names, "attributes": attributes, "domain": DOMAIN, "opsets": OPSETS, "ir_version": IR_VERSION}
+    return SCRIPT.format(**text, weights=WEIGHTS if weighted else "b = dict(b)")
+
+
 BACKENDS = (
     Backend(
         name="onnxruntime_moe",
@@ -163,6 +205,7 @@ BACKENDS = (
         probe=probe,
         limits=(Limit(("recipe", "hidden", "inter"), odd_columns),),
         prepare=prepare,
+        script=script,
         summary="ONNX Runtime's CPU MoE and QMoE; the node routes and computes",
     ),
 )

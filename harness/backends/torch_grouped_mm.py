@@ -23,6 +23,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.relu,
 }
+GATED = ("swiglu", "geglu")
 ALIGNMENT = 8  # grouped_mm wants 16-byte aligned strides: 8 bf16 elements
 BYTES = 16  # of a start and a row stride: torch/_meta_registrations.py, check_valid_strides, and TMA
 CONTRACT = (
@@ -86,6 +87,35 @@ def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
     return FUNCTIONS[activation](gate) * up
 
 
+SCRIPT = """\
+import torch.nn.functional as F
+
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+def call(b):
+    tokens, top_k = b["ids"].shape
+    order = b["ids"].flatten().argsort(stable=True)
+    ends = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0]).cumsum(0).to(torch.int32)
+    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends).float()
+    {activate}
+    rows = grouped_mm(middle.to(b["x"].dtype), b["w2"].transpose(-2, -1), offs=ends)
+    weighted = rows.float() * b["topk_weights"].flatten()[order, None]
+    by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
+    return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(b["x"].dtype)
+"""
+
+
+def script(case: Case) -> str:
+    """`layer` as straight-line text."""
+    function = f"F.{FUNCTIONS[case.activation].__name__}"
+    if case.activation in GATED:
+        activate = f"gate, up = pre.chunk(2, dim=-1)\n    middle = {function}(gate) * up"
+    else:
+        activate = f"middle = {function}(pre)"
+    return SCRIPT.format(activate=activate)
+
+
 BACKENDS = (
     Backend(
         name="torch_grouped_mm",
@@ -98,6 +128,7 @@ BACKENDS = (
         probe=probe,
         limits=(Limit(("hidden", "inter"), unaligned),),
         prepare=prepare,
+        script=script,
         exempt={"graph": "torch.bincount reads its result's size on the host"},
         summary="bf16 grouped GEMMs of torch with eager torch around them",
     ),

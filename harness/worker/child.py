@@ -151,6 +151,10 @@ class Bench:
         facts = {"environment": environment(backend, device)}
         if "probe" in request:
             return {"support": asdict(checked_probe(backend, device)), **facts}
+        if "bundle" in request:  # safetensors is nobody else's business
+            from harness.bundle.collect import collect
+
+            return {"collected": collect(Case.parse(str(request["bundle"])), backend, device, Path(request["folder"]))}
         case, before = Case.parse(str(request["judge"])), health.look()
         verdict = self._judged(case, backend, _options(request))
         reply = {"verdict": verdict.to_json(), "prints": backend.prints, **facts}

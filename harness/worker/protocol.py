@@ -1,8 +1,8 @@
 """What supervisor and child say to each other: one JSON object a line, over a socket pair.
 
 supervisor -> child   {"judge": case_id, "subject": name, "checks": number or null, "repeats": number, "rules": bool}
-                      | {"probe": name} | {"stop": true}
-child -> supervisor   {"ready": true} | {"stage": name} | {"support": {...}}
+                      | {"probe": name} | {"bundle": case_id, "subject": name, "folder": path} | {"stop": true}
+child -> supervisor   {"ready": true} | {"stage": name} | {"support": {...}} | {"collected": {...}}
                       | {"verdict": {...}, "prints": [...], "retire": why, if the child must be replaced}
                       | {"user_error": class, "text": ...} | {"bug": traceback}
 """

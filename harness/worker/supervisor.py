@@ -118,6 +118,15 @@ class Supervisor:
         seconds = round(time.perf_counter() - started, 4)
         return replace(verdict, seconds=seconds, plugins=self.setup.plugins, notes=notes)
 
+    def collect(self, case: Case, subject: str, folder: Path) -> Message:
+        """What `harness.bundle.collect` finds, in a child that has judged nothing: a kernel may have scribbled on this one."""
+        self._retire()
+        reply = self._ask({"bundle": case.id, "subject": subject, "folder": str(folder)})
+        if not isinstance(reply, Death):
+            return dict(reply["collected"])
+        how = f"no answer within {self.limit_s:g} s" if reply.hang else death.how(reply)
+        return {"tensors": {}, "draw": None, "expected": {}, "problem": f"the inputs could not be collected: {how}"}
+
     def _request(self, item: Item) -> Message:
         asked = {"checks": self.checks, "repeats": self.repeats, "rules": self.rules}
         return {"judge": item.case_id, "subject": item.subject, **asked}
@@ -270,7 +279,7 @@ def _readable(reply: Message) -> Message:
             Verdict.from_json({**reply["verdict"], "environment": dict(reply["environment"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a verdict: {error}") from error
-    elif not {"support", "user_error", "bug"} & reply.keys():
+    elif not {"support", "collected", "user_error", "bug"} & reply.keys():
         raise ValueError(f"no answer: {sorted(reply)}")
     return reply
 

@@ -50,7 +50,12 @@ CORE = (
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
 PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.guard", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
-ENVIRONMENT_READERS = {"harness/device.py", "harness/worker/child.py", "harness/backends/triton_moe.py"}
+ENVIRONMENT_READERS = {
+    "harness/device.py",
+    "harness/worker/child.py",
+    "harness/backends/triton_moe.py",
+    "harness/bundle/facts.py",
+}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
 MEDIAN_FILE, MEDIAN_FUNCTION = 120, 10
 

@@ -1,0 +1,24 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def absolute(paths: list[str] | None) -> list[str]:
+    """Plans and rerun lines must work from any folder."""
+    return [str(Path(path).absolute()) if path.endswith(".py") or "/" in path else path for path in paths or ()]
+
+
+Platform = Annotated[str | None, typer.Option(help="Platform file under configs/platforms; default: this machine's.")]
+TierName = Annotated[str | None, typer.Option("--tier", help="Tier file under configs/tiers.")]
+Backends = Annotated[list[str] | None, typer.Option("--backend", "-b", help="Backend to judge; repeatable.")]
+Ops = Annotated[list[str] | None, typer.Option("--op", help="Operation to judge; repeatable.")]
+Cases = Annotated[list[str] | None, typer.Option("--case", "-c", help="Case id, or a pattern with *; repeatable.")]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", callback=absolute, help="Python file or module that defines BACKENDS or FAULTS; repeatable."),
+]
