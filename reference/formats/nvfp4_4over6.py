@@ -71,7 +71,8 @@ class FourOverSix:
     def _sum(self, error: Tensor) -> Tensor:
         """Float32 sums in the kernel's order: element after element within a thread, then the threads."""
         threads = reduce(torch.add, error.unflatten(3, (self.lanes, -1)).unbind(4))
-        return reduce(torch.add, threads.split(1, 3))
+        total: Tensor = reduce(torch.add, threads.split(1, 3))
+        return total
 
 
 _FIVES = (5.0,) * 15 + (6.0,)
