@@ -47,7 +47,7 @@ def block_offsets(sizes: Tensor, block: int) -> Tensor:
 
 def most_blocks(experts: int, slots: int, smallest: int = BLOCK_SIZES[0]) -> int:
     """Entries of a schedule: enough for any distribution of `slots` rows with the smallest block size."""
-    return slots if slots <= experts else experts - 1 + -(-(slots - experts + 1) // smallest)
+    return min(slots, experts - 1 + -(-(slots - experts + 1) // smallest))
 
 
 def block_schedule(sizes: Tensor, block: int, entries: int) -> Tensor:

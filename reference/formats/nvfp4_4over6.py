@@ -70,7 +70,7 @@ class FourOverSix:
 
     def _sum(self, error: Tensor) -> Tensor:
         """Float32 sums in the kernel's order: element after element within a thread, then the threads."""
-        threads: Tensor = reduce(torch.add, error.unflatten(3, (self.lanes, -1)).unbind(4))
+        threads = reduce(torch.add, error.unflatten(3, (self.lanes, -1)).unbind(4))
         total: Tensor = reduce(torch.add, threads.split(1, 3))
         return total
 

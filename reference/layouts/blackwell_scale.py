@@ -50,7 +50,7 @@ def ragged(sizes: tuple[int, ...]) -> Layout:
 
 def most_blocks(slices: int, rows: int) -> int:
     """The most 128-row blocks that `rows` rows in `slices` slices can need: all but one slice hold a single row."""
-    return rows if rows <= slices else slices - 1 + -(-(rows - slices + 1) // 128)
+    return min(rows, slices - 1 + -(-(rows - slices + 1) // 128))
 
 
 LAYOUTS = (Layout("blackwell_scale", swizzle, unswizzle, PADDING, SOURCE),)
