@@ -124,7 +124,8 @@ def _known_square(middle: MiddleError, down: Tensor) -> Tensor:
     with a zero point one mean: sum e**2 d**2, right for independent signs, then misses most of (sum e d)**2. With e = E + f
     and d = D + g, E and D the means of a block of n, sum e d = sum n E D + sum f g. The first sum is known. In the second
     signs are taken as random: its square is n / (n - 1) sum f**2 g**2 on average over the orders of a block's weights
-    (Hoeffding 1951, "A combinatorial central limit theorem", theorem 2: sum f**2 sum g**2 / (n - 1))."""
+    (Hoeffding 1951, "A combinatorial central limit theorem": sum f**2 sum g**2 / (n - 1)). A mean of 16 is
+    an estimate: where few neurons matter the mean of z**2 is 1 or 2 % low (measured, fp8_tensor)."""
     assert middle.known is not None
     error, random = middle.known.float(), middle.random.float()
     counts = _block_sums(torch.ones_like(error[:1]))
