@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.case import Case
-from harness.mistakes import next_expert, scaled_along_k
+from harness.mistakes import next_expert, scale_roll, scaled_along_k
 from harness.whatif import Loader, Mistake, Turn
 from reference.activation import ACTIVATIONS, join_halves, split_halves
 from reference.experts import ExpertWeights
@@ -41,6 +41,8 @@ def misreadings(case: Case) -> Iterator[Mistake]:
     fmt, shape = get(case.recipe.weights), case.shape
     if fmt.scaling is not None:
         yield from _of_scales(case)
+    if len(scaled_along_k(case)) == 2:
+        yield from (scale_roll("both", blocks) for blocks in (1, -1))
     for matrix in MATRICES:
         yield from _of_order(matrix)
     if shape.experts > 1:
@@ -67,7 +69,7 @@ def _of_scales(case: Case) -> Iterator[Mistake]:
         yield from (
             rescaled("one scale, the first, is taken for a whole expert", _first_scale, m, "gate_up", scales) for m in MATRICES
         )
-    for matrix in ("both", *scaled_along_k(case)):
+    for matrix in MATRICES:
         for name, read in READS.items():
             for order in orders if name in BY_ROW else orders[:1]:
                 yield rescaled(name, read, matrix, order, scales)
@@ -99,6 +101,10 @@ def _expert_of_row(s: Tensor) -> Tensor:
 
 def _group_spans(steps: int) -> Read:
     return lambda s: s[:, :, torch.arange(s.shape[2]) // steps]
+
+
+def _moved_rows(rows: int) -> Read:
+    return lambda s: s.roll(rows, 1)
 
 
 def _first_of(steps: int) -> Read:
@@ -152,6 +158,7 @@ BY_ROW: dict[str, Read] = {
 READS: dict[str, Read] = {
     **BY_ROW,
     **{f"a scale is read as that of {n} times as many columns": _group_spans(n) for n in STEPS},
+    **{f"row n takes the scales of row n {-rows:+d}": _moved_rows(rows) for rows in (1, -1)},
     **{f"{n} neighbouring blocks take the scale of the first": _first_of(n) for n in STEPS},
 }
 

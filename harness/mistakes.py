@@ -96,16 +96,19 @@ def rolled(q: Quantized, blocks: int) -> Quantized:
 
 
 def scale_roll(matrix: str, blocks: int) -> Mistake:
-    """Block scales of "w13", "w2" moved by `blocks` blocks along K."""
+    """Block scales of "w13", "w2" or "both" moved by `blocks` blocks along K."""
 
     def rows(turn: Turn) -> Tensor:
         own, x = turn.loader.packed(turn.expert), turn.done.x
         if matrix == "w2":
             return turn.done.middle @ _decoded(rolled(own.down, blocks)).T
-        up = None if own.up is None else x @ _decoded(rolled(own.up, blocks)).T
-        return turn.activated(x @ _decoded(rolled(own.gate, blocks)).T, up)
+        up = None if own.up is None else rolled(own.up, blocks)
+        if matrix == "both":
+            return turn.through(Packed(rolled(own.gate, blocks), up, rolled(own.down, blocks)).decode())
+        return turn.activated(x @ _decoded(rolled(own.gate, blocks)).T, None if up is None else x @ _decoded(up).T)
 
-    text = f"the block scales of {matrix} are moved by {blocks:+d} block along K"
+    where = "w13 and w2" if matrix == "both" else matrix
+    text = f"the block scales of {where} are moved by {blocks:+d} block along K"
     return Mistake("scale_roll", text, rows, {"matrix": matrix, "blocks": blocks}, dear=True)
 
 

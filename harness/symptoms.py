@@ -61,9 +61,9 @@ def _zeros(e: Evidence) -> Claim | None:
 
 
 def _row_permutations(e: Evidence) -> Iterator[Claim | None]:
-    """Each hit row equals another hit row's expected one, or all lie a constant number of rows away."""
+    """Each hit row equals another hit row's expected one, or all lie a constant number of rows away; one alone, any other's."""
     tokens, rows = len(e.value), e.rows
-    if tokens < 2 or len(rows) < 2:
+    if tokens < 2 or len(rows) == 0:
         return
     step = -(-e.value.shape[1] // MAX_COLUMNS)
     source = _cosine(e.actual[rows, ::step], e.value[:, ::step]).argmax(-1)

@@ -172,6 +172,8 @@ DEFECTS: dict[str, tuple[Callable[[Bench], Tensor], str]] = {
     "swizzled": (lambda b: rescaled(b, swizzled_read_linear), "wrong_scales"),
     "row_of_expert": (global_by_row, "wrong_scales"),
     "sharded_w2": (sharded, "wrong_scales"),
+    "rolled_both": (lambda b: rescaled(b, lambda s, e: s[e].roll(1, 1)), "scale_roll"),
+    "rows_rolled": (lambda b: rescaled(b, lambda s, e: s[e].roll(1, 0)), "wrong_scales"),
     "column_major": (lambda b: rescaled(b, column_major), "wrong_scales"),
     "shuffled": (lambda b: reread(b, shuffled), "weight_order"),
     "zero_index": (lambda b: reread(b, lambda r, c: torch.arange(c).repeat(r)), "weight_order"),
@@ -198,6 +200,8 @@ global_of_first: nvfp4.real
 one_scale: nvfp4.real
 row_of_expert: nvfp4.real
 sharded_w2: nvfp4.real
+rolled_both: nvfp4.real
+rows_rolled: nvfp4.real
 spans_two: nvfp4.real mxfp4.real
 spans_two_in_w2: nvfp4.real
 swizzled: nvfp4.real mxfp4.real
@@ -248,6 +252,14 @@ def test_a_faint_mistake_is_named_if_nothing_else_is_left() -> None:
     without = swiglu_bias("without its limit", **{**ACTIVATIONS[case.activation].parameters, "limit": math.inf})
     found = b.diagnosis(b.kernel(activation=without))
     assert (found.kind, found.evidence.get("faint")) == ("wrong_activation", True), found
+
+
+def test_one_row_may_be_another_tokens() -> None:
+    b = bench("nvfp4", "real")
+    wrong = b.right.clone()
+    wrong[5] = wrong[21]
+    found = b.diagnosis(wrong)
+    assert (found.kind, found.evidence["moves"]) == ("row_permutation", [[5, 21]]), found
 
 
 def test_next_to_nothing_is_no_multiple() -> None:
