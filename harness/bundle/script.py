@@ -38,7 +38,11 @@ def script(case: Case, backend: Backend, verdict: Verdict, device: str, found: d
     parts += [_body(hashing)] if found["draw"] is not None else []
     parts += [_body(standalone), _LOAD.format(inputs=INPUTS)]
     if call:
-        parts += [f"# The call, as moecheck's backend {backend.name} makes it.", call, _MAIN.format(wrong=WRONG)]
+        parts += [
+            f"# The call, as moecheck's backend {backend.name} makes it.",
+            call,
+            _MAIN.format(wrong=WRONG, hint=repr(_hint(verdict))),
+        ]
     else:
         where = f"{backend.name} (library {backend.library}; moecheck calls it in {_file(backend)})"
         lines = ["NOT STANDALONE: this file calls no kernel.", note, f"To call: {where}", f"With moecheck: {verdict.rerun}"]
@@ -54,7 +58,20 @@ def _call(case: Case, backend: Backend, problem: str) -> tuple[str, str]:
         return "", f"backend {backend.name} does not say its call as text (Backend.script)"
     if backend.script.__module__ != backend.prepare.__module__:
         return "", f"the text of the call comes from {backend.script.__module__}, but {backend.prepare.__module__} prepares it"
-    return backend.script(case), ""
+    try:
+        text = backend.script(case)
+        ast.parse(text)
+    except Exception as error:
+        return "", f"script() of backend {backend.name} failed: {type(error).__name__}: {error!s:.300}"
+    return text, ""
+
+
+def _hint(verdict: Verdict) -> str:
+    """What one plain call cannot show, where that is what was found."""
+    if verdict.comparison is None or not verdict.comparison.agrees or not verdict.findings:
+        return ""
+    checks = ", ".join(finding.check for finding in verdict.findings)
+    return f"moecheck found {verdict.status} by {checks}; this file makes one plain call, which was right: see report.txt"
 
 
 def _file(backend: Backend) -> str:
@@ -96,14 +113,17 @@ def buffers() -> dict[str, Tensor]:
     made = {{}}
     for name, spec in TENSORS.items():
         stored = spec["source"] == "file"
-        made[name] = laid_out(flat[name].to(DEVICE), spec) if stored else drawn(name, DRAW).to(DEVICE)
+        made[name] = laid_out(flat[name].to(DEVICE), spec) if stored else drawn(name, DRAW, range(DRAW["experts"])).to(DEVICE)
     return made"""
 
 _MAIN = """\
 if __name__ == "__main__":
+    hint = {hint}
     got = call(buffers())
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    if hint:
+        print(hint)
     raise SystemExit(0 if compared(got, Path(__file__).resolve().parent, EXPECTED) else {wrong})"""
 
 _TELL = """\

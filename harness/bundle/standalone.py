@@ -44,17 +44,16 @@ def laid_out(flat: Tensor, spec: dict[str, Any]) -> Tensor:
     return flat.view(getattr(torch, spec["dtype"])).as_strided(spec["shape"], spec["stride"])
 
 
-def drawn(name: str, draw: dict[str, Any]) -> Tensor:
+def drawn(name: str, draw: dict[str, Any], experts: range) -> Tensor:
     """x [tokens, hidden], w13 [experts, inter or 2 * inter (gate first), hidden] or w2 [experts, hidden, inter]: the random
     values of one seed, the same on any machine."""
     hidden, inter = draw["hidden"], draw["inter"]
     if name == "x":
         return _matrix(draw, "real/x", draw["tokens"], hidden)
     if name == "w2":
-        return torch.stack([_matrix(draw, f"real.down.{e}", hidden, inter) for e in range(draw["experts"])])
+        return torch.stack([_matrix(draw, f"real.down.{e}", hidden, inter) for e in experts])
     halves = [half for half in ("gate", "up") if half in draw["factors"]]
-    experts = [[_matrix(draw, f"real.{half}.{e}", inter, hidden) for half in halves] for e in range(draw["experts"])]
-    return torch.stack([torch.cat(matrices) for matrices in experts])
+    return torch.stack([torch.cat([_matrix(draw, f"real.{half}.{e}", inter, hidden) for half in halves]) for e in experts])
 
 
 def _matrix(draw: dict[str, Any], name: str, rows: int, columns: int) -> Tensor:

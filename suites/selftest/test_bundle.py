@@ -135,7 +135,7 @@ def test_the_embedded_draw_is_the_harness_own(recipe: str, activation: str) -> N
     assert draw is not None
     w13, w2 = inputs.stacked()
     for name, tensor in (("x", inputs.x), ("w13", w13), ("w2", w2)):
-        assert torch.equal(standalone.drawn(name, draw), tensor), name
+        assert torch.equal(standalone.drawn(name, draw, range(case.shape.experts)), tensor), name
 
 
 def odd(case: Case, inputs: Inputs) -> Launch:
@@ -178,6 +178,30 @@ def test_the_environment_holds_no_secret() -> None:
     facts = environment(discover()["onnxruntime_moe"], CPU)
     assert facts["machine"]["arch"] == "cpu"
     assert {"torch", "onnxruntime"} <= set(facts["wheels"])
+
+
+def broken(case: Case) -> str:
+    raise ValueError("no such case")
+
+
+@pytest.mark.parametrize(("script", "said"), [(broken, "ValueError: no such case"), (lambda case: "def call(:", "SyntaxError")])
+def test_a_text_that_cannot_be_made_is_said(tmp_path: Path, script: Callable[[Case], str], said: str) -> None:
+    """A backend's mistake must not cost the bundle; a repro.py that does not parse must not be called standalone."""
+    backend = replace(discover()["torch_grouped_mm"], prepare=odd, script=script)
+    made = bundled(tmp_path, CASE, backend, Verdict(CASE, backend.name, Status.CRASHED, Stage.LAUNCH, "x"))
+    assert not made.standalone
+    assert said in made.note
+    assert repro(tmp_path) == 3
+
+
+def test_repro_says_what_one_call_cannot_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An exit code of 0 beside a report of a failure would look like a report that is wrong."""
+    backend = discover()["torch_grouped_mm"]
+    passed = run(Case.parse(CASE), backend, CPU, options=Options(checks=0))
+    found = replace(passed, status=Status.UNSTABLE, findings=(Finding("second_call", "differs"),))
+    bundled(tmp_path, CASE, backend, found)
+    assert repro(tmp_path) == 0
+    assert capsys.readouterr().out.startswith("moecheck found UNSTABLE by second_call; this file makes one plain call")
 
 
 def test_a_folder_that_holds_something_is_refused(moecheck: Callable[..., Any], tmp_path: Path) -> None:
