@@ -75,9 +75,7 @@ def _prepare_libraries(setup: Setup) -> None:
     """Set before any kernel library is imported and CUDA is initialised."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker pool does not survive in a forked child
     if setup.device.kind == "cuda":
-        resource.setrlimit(
-            resource.RLIMIT_CORE, (0, 0)
-        )  # the GPU's dump aborts the process; a host dump beside it is gigabytes
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the driver aborts behind its dump; a host dump would be gigabytes
         for name, value in coredump.variables(Path(setup.log).parent).items():
             os.environ.setdefault(name, value)
     if setup.device.kind == "cpu":
