@@ -133,7 +133,10 @@ def _finding(name: str, about: str, given: object, wanted: object, text: str) ->
 
 
 def _misplaced(argument: Argument, tensor: Tensor, device: str, home: torch.device | None) -> Finding | None:
-    wanted, at = argument.device or device, tensor.device
+    at = tensor.device
+    if at == home and not argument.device:
+        return None
+    wanted = argument.device or device
     if at.type == wanted and (argument.device or home is None or at == home):
         return None
     does = "write" if argument.written else "read"
@@ -145,18 +148,19 @@ def _misplaced(argument: Argument, tensor: Tensor, device: str, home: torch.devi
 def _malformed(argument: Argument, tensor: Tensor, sizes: dict[str, int]) -> Finding | None:
     """The first thing wrong with the tensor itself; `sizes` learns what the shape's names mean."""
     name = argument.name
-    dtypes = argument.dtype if isinstance(argument.dtype, tuple) else (argument.dtype,)
-    if argument.dtype is not None and tensor.dtype not in dtypes:
-        wanted = " or ".join(str(d) for d in dtypes)
-        return _finding(name, "dtype", tensor.dtype, wanted, f"{name} is {tensor.dtype}, wanted {wanted}")
-    given = tuple(tensor.shape)
-    if argument.shape is not None and not _fits(given, argument.shape, sizes):
+    if argument.dtype is not None and tensor.dtype is not argument.dtype:
+        dtypes = argument.dtype if isinstance(argument.dtype, tuple) else (argument.dtype,)
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(str(d) for d in dtypes)
+            return _finding(name, "dtype", tensor.dtype, wanted, f"{name} is {tensor.dtype}, wanted {wanted}")
+    given = tensor.shape
+    if argument.shape is not None and given != argument.shape and not _fits(given, argument.shape, sizes):
         shape = ", ".join(str(s) if isinstance(s, int) else f"{s} {sizes.get(s, '')}".rstrip() for s in argument.shape)
-        return _finding(name, "shape", given, f"({shape})", f"{name} has shape {given}, wanted ({shape})")
+        return _finding(name, "shape", tuple(given), f"({shape})", f"{name} has shape {tuple(given)}, wanted ({shape})")
     return None if tensor.numel() == 0 else _laid_out(argument, tensor)
 
 
-def _fits(given: tuple[int, ...], wanted: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
+def _fits(given: torch.Size, wanted: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
     if len(given) != len(wanted):
         return False
     learnt = dict(sizes)
@@ -168,14 +172,16 @@ def _fits(given: tuple[int, ...], wanted: tuple[int | str, ...], sizes: dict[str
 
 def _laid_out(argument: Argument, tensor: Tensor) -> Finding | None:
     """Strides and alignment of a tensor that is not empty. The strides of axes of size 1 are never used."""
-    name, size, strides = argument.name, tensor.element_size(), tensor.stride()
+    name, size = argument.name, tensor.element_size()
     if argument.contiguous and not tensor.is_contiguous():
-        text = f"{name} is not contiguous: strides {strides} of shape {tuple(tensor.shape)}"
-        return _finding(name, "strides", strides, "contiguous", text)
-    rows = [stride * size for stride, length in zip(strides, tensor.shape, strict=True) if length > 1 and stride != 1]
-    if argument.stride_align > 1 and any(row % argument.stride_align for row in rows):
-        text = f"{name} has strides of {rows} bytes, wanted multiples of {argument.stride_align}"
-        return _finding(name, "strides", rows, argument.stride_align, text)
+        text = f"{name} is not contiguous: strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+        return _finding(name, "strides", tensor.stride(), "contiguous", text)
+    if argument.stride_align > 1:
+        pairs = zip(tensor.stride(), tensor.shape, strict=True)
+        rows = [stride * size for stride, length in pairs if length > 1 and stride != 1]
+        if any(row % argument.stride_align for row in rows):
+            text = f"{name} has strides of {rows} bytes, wanted multiples of {argument.stride_align}"
+            return _finding(name, "strides", rows, argument.stride_align, text)
     align = max(argument.align, size if size in (1, 2, 4, 8) else 1)
     if beyond := tensor.data_ptr() % align:
         text = f"{name} is not aligned: it starts {beyond} bytes after a multiple of {align}"

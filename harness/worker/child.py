@@ -105,7 +105,7 @@ def _prepare_libraries(setup: Setup) -> None:
     if setup.visible:
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible
     if setup.device.kind == "cuda":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the GPU's dump aborts; the host's beside it would be gigabytes
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the driver aborts behind its dump; a host dump would be gigabytes
         for name, value in coredump.variables(Path(setup.log).parent).items():
             os.environ.setdefault(name, value)
     if setup.device.kind == "cpu":

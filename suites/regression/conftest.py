@@ -15,7 +15,7 @@ from harness.verdict import Status, Verdict
 from harness.worker.supervisor import Supervisor
 
 PLUGINS = ("harness.faults.catalogue", str(Path(__file__).parent / "foreign_out.py"))
-LIMIT_S, HUNG_S = 30.0, 1.0  # a case takes 0.02 to 0.3 s
+LIMIT_S, HUNG_S = 30.0, 2.0  # a case takes 0.02 to 0.3 s
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 Judge = Callable[[str, str, int | None], Verdict]

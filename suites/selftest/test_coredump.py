@@ -217,7 +217,7 @@ def test_a_death_on_the_device_is_named_in_the_verdict(tmp_path: Path, monkeypat
     with Supervisor(GPU, (str(plugin),), tmp_path, limit_s=20) as worker:
         worker._environments = {name: {"arch": GPU.arch} for name in ("traps", "hangs")}  # asked for again, it dies again
         crashed = worker.judge(CASE, "traps")
-        worker.limit_s = 0.7
+        worker.limit_s = 1.5
         hung = worker.judge(CASE, "hangs")
     assert crashed.status is Status.CRASHED
     assert "SIGABRT" in crashed.reason
