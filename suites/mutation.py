@@ -176,8 +176,9 @@ def import_all(names: list[str]) -> None:
             importlib.import_module(name)
 
 
-def judge(waiting: list[Mutant], free: list[Path], until: float) -> Iterator[tuple[Mutant, bool, float]]:
-    """(mutant, killed, seconds) as they end; one running mutant per tree, none started after `until`."""
+def judge(waiting: list[Mutant], free: list[Path], until: float) -> Iterator[tuple[Mutant, int, float]]:
+    """(mutant, exit code, seconds) as they end; one running mutant per tree, none started after `until`. A negative code
+    is a signal: a crash, or a limit."""
     running: dict[int, tuple[Mutant, Path, str, float]] = {}
     while (waiting and time.monotonic() < until) or running:
         while waiting and free and time.monotonic() < until:
@@ -190,11 +191,12 @@ def judge(waiting: list[Mutant], free: list[Path], until: float) -> Iterator[tup
             running[start(tree, mutant.tests[1])] = (mutant, tree, unchanged, time.monotonic())
         pid, status = os.wait()
         mutant, tree, unchanged, begun = running.pop(pid)
-        if os.waitstatus_to_exitcode(status) in (5, 98):
+        code = os.waitstatus_to_exitcode(status)
+        if code in (5, 98):
             raise RuntimeError(f"the tests of {mutant.path} did not run on the mutant")
         (tree / "reference" / mutant.path).write_text(unchanged)
         free.append(tree)
-        yield mutant, status != 0, time.monotonic() - begun
+        yield mutant, code, time.monotonic() - begun
 
 
 def say(line: str) -> None:
@@ -218,10 +220,11 @@ def main() -> int:
     count, kills = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         trees = prepare(Path(folder), sorted({t for m in todo for t in m.tests[1].split()}), asked.workers)
-        for mutant, killed, seconds in judge(todo, trees, until):
+        for mutant, code, seconds in judge(todo, trees, until):
             count[mutant.tests[0]] += 1
-            kills[mutant.tests[0]] += killed
-            say(f"{'killed  ' if killed else 'SURVIVED'} {seconds:5.1f}s {mutant.path}:{mutant.line} {mutant.what}")
+            kills[mutant.tests[0]] += code != 0
+            how = "SURVIVED" if code == 0 else "killed" if code > 0 else f"signal {-code}"
+            say(f"{how:9} {seconds:5.1f}s {mutant.path}:{mutant.line} {mutant.what}")
     for family in sorted(count):
         say(f"{family:20} {kills[family]:4} of {count[family]:4} killed")
     say(f"{'all':20} {kills.total():4} of {count.total():4} killed, {kills.total() / max(count.total(), 1):.1%}")
