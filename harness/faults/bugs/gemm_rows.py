@@ -212,7 +212,7 @@ FAULTS = (
         "B045",
         PaddedLanesRaceForLaneZero,
         "https://github.com/vllm-project/vllm/pull/28619",
-        ("repeat", "next_step", "other_weights", "constant_factor"),
+        ("repeat", "next_step", "other_weights", "constant_factor", "wrong_weights"),
     ),
     planted(
         "B213",

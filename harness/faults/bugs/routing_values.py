@@ -118,7 +118,7 @@ FAULTS = (
         "B042",
         IdsWrittenAsInt32,
         "https://github.com/vllm-project/vllm/pull/55147",
-        ("zeros", "missing_slot", "missing_expert", "wrong_expert", "poison", "exception"),
+        ("zeros", "missing_slot", "missing_expert", "wrong_expert", "wrong_weights", "poison", "exception"),
     ),
     planted("B054", BiasReadAsBf16, "https://github.com/vllm-project/vllm/pull/25711", MISROUTED),
     planted(
