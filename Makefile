@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TIER ?= smoke
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint bench calibrate fuzz witnesses mutants clean
+.PHONY: run test lint bench soak calibrate fuzz witnesses mutants clean
 
 run: $(READY)
 	$(BIN)/moecheck run --tier $(TIER) --verbose
@@ -22,6 +22,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m harness.bench
+
+# A thousand cases, 300 of them on kernels that die in one of sixteen ways; then kill -9 of all parts of a run, thirty times.
+soak: $(READY)
+	MOECHECK_KILLS=30 $(BIN)/python -m pytest -q suites/selftest/test_resume.py
+	$(BIN)/python -m harness.faults.storm --cases $(or $(CASES),1000) --faults $(or $(FAULTS),300) --seed $(or $(SEED),0)
 
 # Right kernels on random cases: every alarm is the judge's fault, and the mean of z**2 must be 1.
 calibrate: $(READY)

@@ -79,6 +79,8 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     code = pytest.main(arguments, plugins=[watcher])
     if watcher.stopped:
         raise MoecheckError(watcher.stopped)
+    if code == pytest.ExitCode.USAGE_ERROR:  # pytest has said why
+        return 3
     verdicts = journal.read(folder)
     junit.write(folder / "junit.xml", plan.items, verdicts)
     _report(verdicts, folder, out)
@@ -86,7 +88,7 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     if watcher.errors:
         err.print("moecheck itself failed:\n" + watcher.errors[0], markup=False, style="red")
         return 3
-    if code in (3, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+    if code in (3, pytest.ExitCode.INTERNAL_ERROR):
         return 3
     if missing:
         raise Incomplete(f"{missing} of {len(plan.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
@@ -107,6 +109,8 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
         out.print(explain(verdict), markup=False)
     for pool in pooled.alarms(verdicts):
         out.print(f"WRONG {pool.subject}: {pool}; each case alone is within its limit", markup=False, style="red")
+    for verdict, note in [(v, n) for v in verdicts if not v.status.failed for n in v.notes][:SHOWN_FAILURES]:
+        out.print(f"note on {verdict.subject}:{verdict.case_id}: {note.text}", markup=False, style="yellow")
     if len(groups[Outcome.RED]) > SHOWN_FAILURES:
         out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}", markup=False)
     width = shutil.get_terminal_size((140, 40)).columns

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import RunFolderError
-from harness.journal import NAME, Journal, read
+from harness.journal import NAME, Joined, Journal, read
+from harness.select import Item
 from harness.verdict import SCHEMA_VERSION, Comparison, Diagnosis, Finding, Sample, Stage, Status, Verdict
 
 CASE = "moe.bf16.t{}.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0"
@@ -117,6 +118,24 @@ def test_a_journal_in_use_is_not_opened_again(tmp_path: Path) -> None:
         Journal(tmp_path)
     first.close()
     Journal(tmp_path).close()
+
+
+def test_two_processes_append_to_a_journal_that_a_third_holds(tmp_path: Path) -> None:
+    """Half a line of a killed neighbour would be glued to the next; a worker that starts late must not plan anew."""
+    recorded(tmp_path, failed(0))
+    holder = Journal(tmp_path)
+    size = holder.path.stat().st_size
+    first, second = (Joined(tmp_path, size, tmp_path / "lock") for _ in range(2))
+    first.append(failed(1))
+    with holder.path.open("ab") as file:
+        file.write(b'{"case_id": "torn')
+    second.append(failed(2))
+    first.append(failed(3))
+    assert first.done == {Item(failed(t).case_id, "ours") for t in (0, 1, 3)}
+    assert Joined(tmp_path, size, tmp_path / "lock").done == {Item(failed(0).case_id, "ours")}
+    assert read(tmp_path) == [failed(t) for t in range(4)]
+    for journal in (first, second, holder):
+        journal.close()
 
 
 def test_a_short_write_does_not_tear_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

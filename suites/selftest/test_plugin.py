@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,10 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
-from harness import cli, journal
+from harness import cli, distributed, journal, plan
+from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
+from harness.select import Item
 from harness.verdict import Status, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +96,7 @@ def test_pytest_in_several_processes_judges_every_case_once(tmp_path: Path, capf
     """Workers that expanded the plan in another order would refuse to run, or run some cases twice."""
     pytest.importorskip("xdist")
     report = tmp_path / "junit.xml"
-    command = [sys.executable, "-m", "pytest", LAYER, *PATTERN, "-n", "2", "-q", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", LAYER, *PATTERN, "-n", "2", "--dist", "worksteal", "-q", f"--junitxml={report}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = xml.parse(report).getroot().iter("testcase")
@@ -102,12 +105,56 @@ def test_pytest_in_several_processes_judges_every_case_once(tmp_path: Path, capf
     assert ran == sorted(":".join(row.split()) for row in capfd.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("mode", ["loadscope", "loadfile", "loadgroup"])
-def test_distributions_that_lose_tests_are_refused(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_several_processes_has_one_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each case once, whoever judged it; the crash of a kernel costs nobody else's; the notes of a green one are told."""
+    pytest.importorskip("xdist")
+    chosen = [x for name in ("torch_grouped_mm", "deadly_segfault", "deadly_complains") for x in ("--backend", name)]
+    selection = ("--platform", "cpu", "--plugin", "harness.faults.deadly", "--case", "moe.bf16.t16.h64*", *chosen)
+    assert moecheck("run", "-n", "2", *selection, "--out", str(tmp_path), "-v") == 1
+    printed = capsys.readouterr().out
+    verdicts = journal.read(tmp_path)
+    planned = plan.load(tmp_path).items
+    assert sorted(Item(v.case_id, v.subject) for v in verdicts) == sorted(planned)
+    assert {v.subject for v in verdicts if v.status is Status.CRASHED} == {"deadly_segfault"}
+    assert all(f"{v.status:<13} {v.subject:<18} {v.case_id}" in printed for v in verdicts)
+    assert "it printed and carried on: CUDA error" in printed
+    logs = {path.name.split("-")[1] for path in (tmp_path / "log").iterdir()}
+    assert len(logs) == 2, "one supervisor did all the work"
+
+
+@pytest.mark.parametrize("mode", ["loadscope", "loadfile", "loadgroup", "each"])
+def test_distributions_that_lose_or_double_verdicts_are_refused(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a crash of an xdist worker they end green with tests missing."""
     pytest.importorskip("xdist")
     assert pytest.main([LAYER, *PATTERN, "--dist", mode]) == pytest.ExitCode.USAGE_ERROR
     assert "use --dist load" in capsys.readouterr().err
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"--dist {mode}")
+    assert moecheck("run", *PATTERN, "--out", str(tmp_path)) == 3
+    assert "use --dist load" in capsys.readouterr().err
+
+
+def test_a_soak_is_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xdist")
+    assert pytest.main([LAYER, *PATTERN, "--soak", "-n", "2"]) == pytest.ExitCode.USAGE_ERROR
+    assert moecheck("run", *PATTERN, "--soak", "-n", "2", "--out", str(tmp_path)) == 3
+    assert capsys.readouterr().err.count("--soak is one process") == 2
+
+
+def test_every_process_takes_a_device_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two supervisors on one GPU blame each other's kernels for memory and time."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    held = []
+    for wanted in ("3", "5"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        held.append(distributed.take_device({"locks": str(tmp_path)}))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with pytest.raises(MoecheckError, match=r"2 devices.*use -n 2 or less"):
+        distributed.take_device({"locks": str(tmp_path)})
+    for lock in held:
+        os.close(lock)
 
 
 @pytest.mark.parametrize(
