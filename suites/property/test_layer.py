@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -28,13 +27,11 @@ PHASES = tuple(phase for phase in Phase if phase is not Phase.explain)  # it rep
 RERUNS = 2  # a defect that shows once in three runs shows three times in a row once in 27
 
 
-@dataclass(frozen=True)
 class Subject:
-    """What is drawn of a backend's recipe, and its judge."""
+    """What is drawn of a backend's recipe, and its judge. No dataclass: Hypothesis prints all there is in one."""
 
-    name: str
-    cases: st.SearchStrategy[Case] = field(repr=False)
-    steady: Steady = field(repr=False)
+    def __init__(self, drawn: st.SearchStrategy[Case], steady: Steady) -> None:
+        self.cases, self.steady = drawn, steady
 
     def verdict(self, case: Case) -> Verdict:
         """The one verdict on a case, marked with its known issue: an entry lists the plan's sizes, which these are not."""
@@ -76,7 +73,7 @@ def subject(request: pytest.FixtureRequest, worker: Isolated) -> Iterator[Subjec
     if drawn is None:
         pytest.skip("nothing to draw: the plan has no case of these levels")
     steady = Steady(partial(worker.warm, subject=name), partial(worker.fresh, subject=name), RERUNS)
-    yield Subject(name, drawn, steady)
+    yield Subject(drawn, steady)
     assert not steady.flaky, "\n".join(f"{v.case_id} {v.reason}; {v.rerun}" for v in steady.flaky)
 
 
