@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from harness.backends.base import Backend
 from harness.case import FILLS, LIMITS, SKEWS, Case, Limit
@@ -27,16 +27,21 @@ NARROWEST = 8  # columns drawn: on fewer, stale or zeroed outputs pass by chance
 class Space:
     """values: axis of ORDER -> what it may be, the plainest first; limits: what forbids combinations of them."""
 
-    values: Mapping[str, Sequence[Value]] = field(repr=False)  # Hypothesis prints what a strategy was made of
-    limits: tuple[Limit, ...] = field(repr=False)
+    values: Mapping[str, Sequence[Value]]
+    limits: tuple[Limit, ...]
 
-    def choices(self, case: Case, axis: str) -> Sequence[Value]:
+    def choices(self, case: Case, axis: str) -> list[Value]:
         """The values that keep a legal case legal when they replace its own on `axis`; the plainest first."""
-        limits = [limit for limit in self.limits if axis in limit.axes]
-        if not limits:
-            return self.values[axis]
-        moves = ((value, moved(case, axis, value)) for value in self.values[axis])
-        return [value for value, other in moves if all(limit.refuses(other) is None for limit in limits)]
+        return [value for value in self.values[axis] if self._allows(moved(case, axis, value), axis)]
+
+    def nearest(self, case: Case, axis: str, position: int) -> Case:
+        """A legal case with the value at `position` of its axis, or with the last one before it that keeps it legal; as it
+        is if there is none."""
+        moves = (moved(case, axis, self.values[axis][i]) for i in range(position, -1, -1))
+        return next((other for other in moves if self._allows(other, axis)), case)
+
+    def _allows(self, case: Case, axis: str) -> bool:
+        return all(limit.refuses(case) is None for limit in self.limits if axis in limit.axes)
 
     def takes(self, case: Case) -> bool:
         """Does no limit forbid this case?"""
@@ -48,7 +53,8 @@ class Space:
         while case != before:
             before = case
             for axis in ORDER:
-                case = moved(case, axis, next(iter(self.choices(case, axis)), case.axes[axis]))
+                moves = (moved(case, axis, value) for value in self.values[axis])
+                case = next((other for other in moves if self._allows(other, axis)), case)
         return case
 
 
@@ -63,20 +69,23 @@ def below(case: Case, backend: Backend) -> Space:
     """Everything a failing case can be shrunk to: sizes up to its own, the names that the backend takes, the seed 0."""
     largest = {name: max(1, int(case.axes[name])) for name in SIZES}
     names = {"routing": backend.routings or tuple(RULES), "activation": backend.activations, "fill": FILLS, "skew": SKEWS}
-    return _space(largest, {**names, "seed": (0, case.seed)}, (*LIMITS, *backend.limits))
+    return _space(largest, names, sorted({0, case.seed}), (*LIMITS, *backend.limits))
 
 
 def within(axes: Mapping[str, Sequence[Value]], limits: Sequence[Limit]) -> Space:
     """Everything between the levels of a plan's `axes` too: sizes up to the power of two at or above the largest level."""
     largest = {name: 1 << (max(int(v) for v in axes[name]) - 1).bit_length() for name in SIZES}
     names = {name: axes[name] for name in ("routing", "activation", "fill", "skew")}
-    space = _space(largest, {**names, "seed": range(SEEDS)}, (*LIMITS, *limits))
+    space = _space(largest, names, range(SEEDS), (*LIMITS, *limits))
     wide = {name: space.values[name][NARROWEST - 1 :] for name in ("hidden", "inter")}
     return Space({**space.values, **wide}, space.limits)
 
 
-def _space(largest: Mapping[str, int], names: Mapping[str, Sequence[Value]], limits: tuple[Limit, ...]) -> Space:
+def _space(
+    largest: Mapping[str, int], names: Mapping[str, Sequence[Value]], seeds: Sequence[int], limits: tuple[Limit, ...]
+) -> Space:
     sizes: dict[str, Sequence[Value]] = {name: range(1, most + 1) for name, most in largest.items()}
     sizes["tokens"] = (*sizes["tokens"], 0)  # no token at all is stranger than many
-    plain = {name: [*(v for v in PLAIN.get(name, ()) if v in values), *values] for name, values in names.items()}
-    return Space({**sizes, **{name: tuple(dict.fromkeys(values)) for name, values in plain.items()}}, limits)
+    plain = {name: [*(v for v in PLAIN[name] if v in values), *values] for name, values in names.items()}
+    ordered = {name: tuple(dict.fromkeys(values)) for name, values in plain.items()}
+    return Space({**sizes, **ordered, "seed": seeds}, limits)

@@ -73,8 +73,8 @@ def confirm(case: Case, fresh: Judge, more: Callable[[], bool] = lambda: True) -
 
 @dataclass
 class Steady:
-    """A judge that does not change its mind: every case is judged once, a failure `reruns` times more in fresh children.
-    What does not come again in all of them is UNSTABLE, and is kept in `flaky`."""
+    """A judge that does not change its mind: every case is judged once, a failure that no known issue excuses `reruns` times
+    more in fresh children. What does not come again in all of them is UNSTABLE, and is kept in `flaky`."""
 
     judge: Judge
     fresh: Judge
@@ -90,7 +90,7 @@ class Steady:
 
     def _decided(self, case: Case) -> Verdict:
         first = self.judge(case)
-        if not first.status.failed:
+        if not first.status.failed or first.known:
             return first
         again = [self.fresh(case) for _ in range(self.reruns)]
         if all(signature(v) == signature(first) for v in again):

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
+from hypothesis import find, settings
 
+from harness import cli, config, plan
 from harness.backends import discover
+from harness.backends.base import CPU
 from harness.case import Case
+from harness.isolated import Isolated
 from harness.shrink import Search
 from harness.space import below
 from harness.steady import FAILURES, PASSES, Steady, confirm, signature
+from harness.strategies import cases
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 
 GROUPED = discover()["torch_grouped_mm"]
 BIG = Case.parse("moe.bf16.t33.h256.i128.e48.k8.deepseek_v3.swiglu.standard.real.hot.s7")
+MEDIUM = Case.parse("moe.bf16.t18.h16.i16.e5.k2.default.swiglu.standard.real.s3")
 SMALL = Case.parse("moe.bf16.t19.h16.i8.e2.k1.renormalize.silu.standard.exact.s0")
 CRASH = Finding("death", "killed by SIGSEGV during launch", {"exit_code": -11})
 
@@ -93,7 +102,7 @@ def test_a_large_production_case_takes_few_runs() -> None:
     smallest, search = shrunk(trigger, case)
     assert (smallest.shape.tokens, smallest.shape.hidden) == (17, 1000)
     assert search.runs <= 80
-    assert sum(c.shape.inter > 512 for c in seen[1:]) <= 12
+    assert (seen[1].shape.hidden, seen[1].shape.inter) == (8, 8)
 
 
 def test_another_failure_is_not_followed() -> None:
@@ -178,4 +187,114 @@ def test_a_verdict_never_changes_its_mind() -> None:
 def test_a_failure_that_comes_again_stays_what_it_is() -> None:
     steady = Steady(turns(Status.WRONG), turns(Status.WRONG), 2)
     assert steady(BIG).status is Status.WRONG
+    assert not steady.flaky
+
+
+PLUGIN = """
+import ctypes, time
+from dataclasses import replace
+from pathlib import Path
+from harness.backends.torch_grouped_mm import BACKENDS as ORIGINAL
+RUNS = Path({folder!r}) / "runs"
+COUNTED = []
+def crash(): ctypes.string_at(0)
+def hang(): time.sleep(600)
+def every_third():
+    if not COUNTED:
+        RUNS.write_text(RUNS.read_text() + "x" if RUNS.exists() else "x")
+        COUNTED.append(len(RUNS.read_text()))
+    if COUNTED[0] % 3 == 0: crash()
+def planted(name, die):
+    def prepare(case, inputs):
+        if case.shape.experts % 32 != 0 and case.shape.tokens >= 17: die()
+        return ORIGINAL[0].prepare(case, inputs)
+    return replace(ORIGINAL[0], name=name, prepare=prepare)
+BACKENDS = (planted("crashing", crash), planted("hanging", hang), planted("flaky", every_third))
+"""
+PLAINEST = "moe.bf16.t17.h8.i8.e1.k1.renormalize.silu.standard.exact.s0"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> str:
+    file = tmp_path / "planted.py"
+    file.write_text(PLUGIN.format(folder=str(tmp_path)))
+    return str(file)
+
+
+@pytest.fixture
+def moecheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str]]:
+    """`moecheck shrink` in this process: its exit code and what it printed."""
+
+    def call(*arguments: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["moecheck", "shrink", *arguments, "--platform", "cpu"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_a_crash_is_shrunk_through_crashes(moecheck: Callable[..., tuple[object, str]], plugin: str) -> None:
+    code, text = moecheck(MEDIUM.id, "-b", "crashing", "--plugin", plugin)
+    assert code == 1
+    assert "CRASHED SIGSEGV in 4 of 4 fresh runs; shrinking" in text
+    assert f"the smallest found: {PLAINEST}" in text
+    assert f"rerun: moecheck repro {PLAINEST} --backend crashing --plugin {plugin} --platform cpu" in text
+    steps = [line.split()[-1] for line in text.splitlines() if line.endswith((".s3", ".s0")) and "smallest" not in line]
+    assert len(steps) >= 5
+    assert all(planted(Case.parse(step)) for step in steps)
+
+
+def test_a_budget_that_is_spent_is_told(moecheck: Callable[..., tuple[object, str]], plugin: str) -> None:
+    code, text = moecheck(MEDIUM.id, "-b", "crashing", "--plugin", plugin, "--runs", "6")
+    assert code == 1
+    assert "the smallest found before time or runs were spent: " in text
+
+
+def test_a_hang_is_shrunk_through_hangs(plugin: str, tmp_path: Path) -> None:
+    with Isolated(CPU, (plugin,), tmp_path, limit_s=60) as workers:
+        assert workers.judge(SMALL.vary(tokens=1), "hanging").status is Status.PASSED  # starts the fork server unhurried
+    case = Case.parse(PLAINEST.replace(".t17.", ".t18."))
+    with Isolated(CPU, (plugin,), tmp_path, limit_s=1) as workers:
+        search = Search(partial(workers.judge, subject="hanging"), below(case, GROUPED), "HUNG during prepare")
+        assert search.shrink(case).id == PLAINEST
+
+
+def test_a_flaky_crash_is_called_flaky(moecheck: Callable[..., tuple[object, str]], plugin: str) -> None:
+    """Shrinking on chance would end at some case that mostly passes."""
+    code, text = moecheck(SMALL.id, "-b", "flaky", "--plugin", plugin)
+    assert code == 1
+    assert "FLAKY: the case does not fail every time: CRASHED SIGSEGV in 4 of 12 fresh runs, PASSED in 8 of 12" in text
+    assert "smallest" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ((SMALL.id, "-b", "torch_grouped_mm"), "passes here; nothing to shrink (PASSED in 12 of 12 fresh runs)"),
+        ((SMALL.vary(hidden=9).id, "-b", "torch_grouped_mm"), "does not take"),
+        ((SMALL.id, "-b", "torch_groupd_mm"), "did you mean torch_grouped_mm"),
+        (("moe.bf16", "-b", "torch_grouped_mm"), "does not parse"),
+    ],
+)
+def test_what_cannot_be_shrunk_is_said(
+    moecheck: Callable[..., tuple[object, str]], arguments: tuple[str, ...], hint: str
+) -> None:
+    code, text = moecheck(*arguments)
+    assert code == 3
+    assert hint in text
+
+
+def test_hypothesis_shrinks_through_crashes(plugin: str, tmp_path: Path) -> None:
+    """The property suite's own means: drawn cases, one verdict each, failures judged again in fresh children."""
+    levels = plan.platform_axes(config.platform("cpu"), config.tier("smoke"), "torch_grouped_mm")
+    small = {**levels, "hidden": [16], "inter": [16], "experts": [1, 33], "routing": ["renormalize"], "skew": ["uniform"]}
+    strategy = cases(small, GROUPED, CPU, "bf16")
+    assert strategy is not None
+    quiet = settings(max_examples=200, database=None, derandomize=True, deadline=None)
+    with Isolated(CPU, (plugin,), tmp_path, limit_s=60) as workers:
+        workers.checks = 0
+        steady = Steady(partial(workers.warm, subject="crashing"), partial(workers.fresh, subject="crashing"), 1)
+        smallest = find(strategy, lambda case: steady(case).status is Status.CRASHED, settings=quiet)
+    assert smallest.id == PLAINEST
     assert not steady.flaky
