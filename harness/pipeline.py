@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.backends.base import Backend, Device, Launch, checked_probe
 from harness.case import Case
-from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, soaked, untrusted
+from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.inputs import Inputs, make_inputs
@@ -24,6 +24,7 @@ from harness.memory import NAN, RedZones, poisoned
 from harness.named import named
 from harness.oracle import Expected, expect
 from harness.relations import chosen
+from harness.soak import soaked
 from harness.subject import Subject, SubjectError, guarded, malformed, synchronised
 from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
