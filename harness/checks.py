@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -15,13 +12,11 @@ from harness.inputs import Inputs
 from harness.memory import HUGE, NAN, RedZones, held
 from harness.oracle import Expected
 from harness.relations import CHECKS
-from harness.subject import Subject, bits, guarded, malformed, same
+from harness.subject import Subject, bits, malformed, same
 from harness.verdict import Finding, Status
 from reference.formats import get
 
 Snapshot = dict[str, Tensor]
-SOAK_S = 0.5  # a hundred calls of 5 ms: an interpreted kernel, at 0.2 s a call, is not to take twenty seconds a case
-BURST = 8  # calls that are launched before the first of them is waited for and read, as the layers of a model are
 # What a finding means; the relations add theirs (harness/relations.py).
 STATUS = {
     "input_mutated": Status.CORRUPTING,
@@ -75,35 +70,6 @@ def repeated(subject: Subject, zones: RedZones) -> Finding | None:
         return Finding("poison", text, {"elements": differing})
     text = f"{differing} of {total} elements differ between two calls on the same input"
     return Finding("repeat", text, {"elements": differing})
-
-
-def soaked(subject: Subject, calls: int) -> Finding | None:
-    """The bare call again and again, in bursts that nobody waits for: each time the bits of the first are due, where the
-    backend declares itself deterministic. A race or a counter that goes wrong once in a hundred calls shows here only."""
-    if not subject.backend.deterministic or not subject.case.shape.tokens:
-        return None
-    first, done = subject.result.to(subject.output.device), 0
-    end = time.perf_counter() + SOAK_S
-    while done < calls and time.perf_counter() < end:
-        count = min(done or 1, BURST, calls - done)  # grows: a slow kernel is not asked for eight
-        outputs = guarded(partial(_burst, subject, count))
-        for number, output in enumerate(outputs, done + 1):
-            if same(first, output):
-                continue
-            if finding := malformed(subject.case, output, subject.device):
-                return Finding("repeat", f"repeated call {number}: {finding.text}", {"call": number, "calls": calls})
-            elements = int((first != output).sum())
-            text = f"{elements} of {first.numel()} elements of repeated call {number} on the same input differ from the first's"
-            return Finding("repeat", text, {"call": number, "calls": calls, "elements": elements})
-        done += count
-    return None
-
-
-def _burst(subject: Subject, count: int) -> list[Tensor]:
-    outputs = [subject.launch.call() for _ in range(count)]
-    if subject.device.kind == "cuda":
-        torch.cuda.synchronize()
-    return outputs
 
 
 def _call(subject: Subject, zones: RedZones, byte: int) -> object:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.backends.base import Backend, Device, checked_probe
 from harness.case import Case
-from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, soaked, untrusted
+from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.guard import Violation
@@ -26,6 +26,7 @@ from harness.memory import NAN, RedZones, poisoned
 from harness.named import named
 from harness.oracle import Expected, expect
 from harness.relations import chosen
+from harness.soak import soaked
 from harness.subject import Subject, SubjectError, guarded, malformed, prepared, synchronised
 from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
