@@ -35,6 +35,7 @@ CASE = "moe.bf16.t{tokens}.h64.i32.e{experts}.k2.renormalize.swiglu.standard.{fi
 LIMIT_S = 5.0  # seconds a case may take; a clean one takes 0.02 on an idle core
 REPLAY = (1, 4.0)  # as in tier smoke: once more, alone; less than the limit, so that a hang is not run again
 CRASHES, CLEAN_CASES, FACTOR = 100, 1000, 2.0  # so many crashes among so many cases may cost twice the run without them
+SPARE = 4  # descriptors of one more child: the spare, or one on its way out
 BY_KIND = {kind.name: kind for kind in KINDS}
 SEGFAULT = KINDS[0]
 console = Console(highlight=False, soft_wrap=True)
@@ -97,9 +98,6 @@ def run(the_plan: Plan, folder: Path) -> Storm:
     storm.left, storm.zombies = set(holders(folder)), zombies | set(_zombies())
     storm.descriptors = max(0, grown - SPARE)
     return storm
-
-
-SPARE = 4  # descriptors of one more child: the spare, or a child on its way out
 
 
 def _wrong(verdict: Verdict) -> str:

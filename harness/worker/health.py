@@ -48,10 +48,12 @@ def problem(before: State, device: Device) -> str | None:
         return f"a small matmul raises {type(error).__name__}"
     if not right:
         return "a small matmul gives a wrong result"
-    gc.collect()
-    with suppress(AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
     now = look()
+    if now.resident - before.resident > GROWTH:
+        gc.collect()
+        with suppress(AttributeError):  # glibc only
+            ctypes.CDLL(None).malloc_trim(0)
+        now = look()
     if now.resident - before.resident > GROWTH:
         return f"{(now.resident - before.resident) >> 20} MiB more are resident than before the case"
     if now.descriptors - before.descriptors > MORE_DESCRIPTORS or now.descriptors < before.descriptors:

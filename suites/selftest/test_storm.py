@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from harness.case import Case
 from harness.faults import deadly, storm
 from harness.select import Item
 from harness.session import Session
-from harness.verdict import Status, Verdict
+from harness.verdict import Stage, Status, Verdict
 from harness.worker import process
 from harness.worker.replay import Budget
 from harness.worker.supervisor import Supervisor
 
 CASES, FAULTS, LIMIT_S = 100, 30, 20.0
+STORM_LIMIT_S = 4.0  # three hangs pay it
 QUICK = [kind for kind in deadly.KINDS if not kind.costs_limit]
 ID = "moe.bf16.t3.h64.i32.e4.k2.renormalize.swiglu.standard.real.s{}"
 CLEAN = "torch_grouped_mm"
@@ -38,7 +40,7 @@ def judge(worker: Supervisor, subject: str, seed: int) -> Verdict:
 
 def test_a_storm_ends_with_one_right_verdict_per_case_and_nothing_left(tmp_path: Path) -> None:
     """A harness that survives each death alone may still leak a process or a descriptor with every one of them."""
-    found = storm.run(storm.plan(CASES, FAULTS, 0, QUICK), tmp_path)
+    found = storm.run(replace(storm.plan(CASES, FAULTS, 0, QUICK), limit_s=STORM_LIMIT_S), tmp_path)
     assert not found.problems
     assert found.planned == CASES
     assert found.statuses["PASSED"] < CASES
@@ -55,7 +57,7 @@ def test_a_storm_notices_what_is_wrong(tmp_path: Path) -> None:
         "5 more descriptors are open",
     )
     assert tuple(found.problems) == wanted
-    crashed = Verdict(ID.format(0), CLEAN, Status.CRASHED, storm.Verdict.__dataclass_fields__["stage"].type and "launch", "no")  # type: ignore[arg-type]
+    crashed = Verdict(ID.format(0), CLEAN, Status.CRASHED, Stage.LAUNCH, "no")
     assert "wanted PASSED" in storm._wrong(crashed)
 
 
