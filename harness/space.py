@@ -11,8 +11,8 @@ from reference.routing import RULES
 
 Value = int | str
 SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
-# In this order of drawing every axis finds the ones it depends on decided: groups want experts, top_k wants both.
-ORDER = ("fill", "tokens", "hidden", "inter", "experts", "routing", "top_k", "activation", "skew", "seed")
+# Drawn in this order: top_k is at most the experts, and what a case may cost is left to the widths, which the rest needs least.
+ORDER = ("fill", "experts", "routing", "top_k", "tokens", "hidden", "inter", "activation", "skew", "seed")
 PLAIN = {  # what comes first; the rest in the order of its declaration
     "routing": ("renormalize", "default"),
     "activation": ("silu", "swiglu"),

@@ -11,9 +11,9 @@ from harness.case import Case, Limit
 from harness.select import plan_backend
 from harness.space import ORDER, Space, Value, within
 
-# Multiply-adds of one GEMM, as harness/calibrate.py counts them: 0.1 s on a core of 2020 with all that is done with a case
-# besides; on a GPU, where launches count, not sums, ten times as many.
-WORK = {"cpu": 3e5, "cuda": 3e6}
+# What a drawn case may cost, in multiply-adds of one GEMM: a tenth of harness/calibrate.py's, because all subjects together
+# have 20 s on a CPU; ten times as much on a GPU, where launches count, not sums.
+WORK = {"cpu": 1.5e5, "cuda": 1.5e6}
 EXPERT, DECODED = 1e4, 4  # what an expert in use, and one of its weights, cost besides, in multiply-adds
 
 
