@@ -16,6 +16,7 @@ from harness.errors import UnknownName
 from harness.faults import matrix
 from harness.faults.campaign import Campaign
 from harness.faults.fault import Fault
+from harness.faults.score import Until
 from harness.session import detected_platform, device_of
 
 SURVIVED = 1  # exit code: a fault survived or a clean subject raised an alarm
@@ -26,7 +27,9 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     tier: Annotated[str, typer.Option(help="Tier whose plan is run.")] = "ci",
     fault: Annotated[list[str] | None, typer.Option("--fault", "-f", help="Fault, or a pattern with *; repeatable.")] = None,
     plugin: Plugins = None,
-    thorough: Annotated[bool, typer.Option(help="Judge every case even when a fault is long dead.")] = False,
+    until: Annotated[Until, typer.Option(help="When to move on: at a fault's first kill, after enough, at the plan's end.")] = (
+        Until.ENOUGH
+    ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score and the matrix.")] = None,
     page: Annotated[Path | None, typer.Option("--markdown", help="Write the matrix as a page.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the planted faults; run nothing.")] = False,
@@ -38,7 +41,7 @@ def faults(  # noqa: PLR0913 - typer turns parameters into options
     plugins = tuple(plugin or ())
     device = device_of(platform or detected_platform())
     workers = jobs or (min(4, os.cpu_count() or 1) if device.kind == "cpu" else 1)
-    campaign = Campaign(device.arch, device, tier, plugins, workers, thorough)
+    campaign = Campaign(device.arch, device, tier, plugins, workers, until)
     chosen = _chosen(campaign.faults(), fault or [])
     if list_only:
         for one in chosen:

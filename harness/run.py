@@ -75,6 +75,7 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
     arguments = [str(SUITES / "layer"), "--run-dir", str(folder), "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
     arguments += ["--assert=plain", "--maxfail=0"]  # nothing to rewrite; PYTEST_ADDOPTS=-x must not end the run
+    arguments += ["-W", "default"]  # a foreign plugin's warning (pytest-benchmark under xdist) must not either
     arguments += [] if jobs == 1 else ["-n", str(jobs)]
     code = pytest.main(arguments, plugins=[watcher])
     if watcher.stopped:

@@ -20,7 +20,7 @@ from harness.errors import PluginError, SelectionError
 from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
 from harness.faults.layer import MANY_WEIGHTS
-from harness.faults.score import Score, score
+from harness.faults.score import Score, Until, score
 from harness.pooled import Pool
 from harness.select import Item
 from harness.verdict import Verdict
@@ -57,14 +57,14 @@ class CleanRun:
 
 @dataclass(frozen=True)
 class Campaign:
-    """What to run: the platform's device, the tier, plugins with more faults, parallel workers, all verdicts or enough."""
+    """What to run: the platform's device, the tier, plugins with more faults, parallel workers, and when a fault is done."""
 
     platform: str
     device: Device
     tier: str
     plugins: tuple[str, ...] = ()
     jobs: int = 1
-    thorough: bool = False
+    until: Until = Until.ENOUGH
 
     def faults(self) -> tuple[Fault, ...]:
         """Ours and the plugins', those that this device can run."""
@@ -104,7 +104,7 @@ class Campaign:
             def judge(case_id: str, subject: str) -> Verdict:
                 return worker.judge(Case.parse(case_id), subject)
 
-            return score(fault, plans[fault.clean.name], judge, self.thorough)
+            return score(fault, plans[fault.clean.name], judge, self.until)
 
         yield from self._spread(one, list(faults))
 

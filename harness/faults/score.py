@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from harness.case import Case
 from harness.diagnose import KINDS
@@ -27,6 +28,15 @@ LITERAL = (
 )  # read off the outputs themselves: never a lie
 STATE = ("repeat", *(check.name for check in CHECKS if check.status is Status.UNSTABLE))
 ENOUGH = 3  # kills in each fill after which more of the same say nothing new
+LONGER = 24  # verdicts after the first kill: a bug that only one fill or one relation shows need not see the whole plan
+
+
+class Until(StrEnum):
+    """When the run moves on to the next fault: at its first kill, when more verdicts would say nothing new, or never."""
+
+    FIRST = "first"
+    ENOUGH = "enough"
+    END = "end"
 
 
 def lanes(verdict: Verdict) -> set[str]:
@@ -103,8 +113,9 @@ class Score:
 
     @property
     def done(self) -> bool:
-        """True once cases of both fills have rejected it often enough."""
-        return min(self.fills["exact"], self.fills["real"]) >= ENOUGH
+        """True once cases of both fills have rejected it often enough, or it has been dead for long."""
+        both = min(self.fills["exact"], self.fills["real"]) >= ENOUGH
+        return both or (self.kills > 0 and self.verdicts - self.after >= LONGER)
 
     def caught_by(self, rule: str) -> bool:
         """Would a test with that rule have gone red: a crash or a malformed output shows with any rule."""
@@ -118,13 +129,13 @@ class Score:
         return not self.lies and 2 * right > self.kills > 0
 
 
-def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdict], thorough: bool = False) -> Score:
-    """Judge the fault on the clean twin's plan until it is done, or to the end if `thorough`."""
+def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdict], until: Until = Until.ENOUGH) -> Score:
+    """Judge the fault on the clean twin's plan."""
     result, verdicts = Score(fault), []
     for item in items:
         verdicts.append(judge(item.case_id, fault.name))
         result.add(verdicts[-1])
-        if result.done and not thorough:
+        if (until is Until.FIRST and result.kills) or (until is Until.ENOUGH and result.done):
             return result
     result.pool(verdicts)
     return result

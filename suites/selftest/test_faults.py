@@ -18,7 +18,7 @@ from harness.faults.campaign import Campaign, CleanRun
 from harness.faults.catalogue import FAULTS
 from harness.faults.fault import Fault
 from harness.faults.matrix import as_json, called_as, markdown, summary
-from harness.faults.score import Score, lanes, said, score
+from harness.faults.score import LONGER, Score, Until, lanes, said, score
 from harness.pipeline import Options, OracleCache, run
 from harness.select import Item
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
@@ -153,7 +153,19 @@ def test_a_score_stops_when_both_fills_have_spoken() -> None:
 
     items = [Item(case, "sut") for _ in range(9) for case in CASES]
     assert score(FAULTS[0], items, judge).kills == 6
-    assert score(FAULTS[0], items, judge, thorough=True).kills == 18
+    assert score(FAULTS[0], items, judge, Until.END).kills == 18
+    assert score(FAULTS[0], items, judge, Until.FIRST).kills == 1
+
+
+def test_a_score_stops_long_after_a_fault_that_one_relation_shows() -> None:
+    """It would otherwise be judged to the end of every plan, and say nothing new."""
+    agreeing = replace(comparison("real", beyond=0), mean_z2=1.0)
+    verdicts = [verdict(Status.PASSED, comparison=agreeing) for _ in range(3)]
+    verdicts += [verdict(Status.WRONG, comparison=comparison("real"))]
+    verdicts += [verdicts[0] for _ in range(2 * LONGER)]
+    given = iter(verdicts)
+    items = [Item(CASES[0], "sut") for _ in verdicts]
+    assert score(FAULTS[0], items, lambda case_id, subject: next(given)).verdicts == 4 + LONGER
 
 
 def test_clean_twins_pass_where_faults_die() -> None:
