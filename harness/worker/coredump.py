@@ -20,12 +20,13 @@ DEBUGGERS = ("cuda-gdb", "/usr/local/cuda/bin/cuda-gdb")
 DEBUGGER_LIMIT_S = 60.0  # it loads the dump's ELF images; seconds
 TRIGGER_BYTES = 1 << 20  # fewer can go unnoticed
 POLL_S = 0.05
+SETTLED_S = 1.0  # a dump that has not grown for so long is whole
 SHOWN = 300  # characters of a kernel's name: CUTLASS writes thousands
 
-# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int) (file.cu:11)`, `#0 0x7f in name<<<`
+# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int) (file.cu:11)`, `#0 0x7f in name<<<` (without the address at a line's start)
 GDB_EXCEPTION = re.compile(r"^CUDA Exception: (.+)$", re.MULTILINE)
 GDB_AT = re.compile(r"^The exception was triggered at PC 0x[0-9a-f]+[ \t]*(.*?)[ \t]*(?:\(([^()\s]+:\d+)\))?$", re.MULTILINE)
-GDB_FRAME = re.compile(r"^#\d+ .*?\bin (.+?)\s*<<<", re.MULTILINE)
+GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(.+?)\s*<<<", re.MULTILINE)
 GDB_PLACE = re.compile(r"^#0 .* at (\S+:\d+)$", re.MULTILINE)
 # The driver's own log, CUDA_COREDUMP_SHOW_PROGRESS: the name is mangled.
 LOG_EXCEPTION = re.compile(r"coredump: Detected an exception of type CUDBG_EXCEPTION_(\w+)")
@@ -92,14 +93,15 @@ def trigger(folder: Path, pid: int, limit_s: float) -> bool:
         _fill(request, deadline)
     finally:
         os.close(request)
-    size = -1
+    size, since = 0, time.monotonic()
     while time.monotonic() < deadline:
         now = _size(_dump(folder, pid))
-        if now > 0 and now == size:
+        if now != size:
+            size, since = now, time.monotonic()
+        elif size and time.monotonic() - since > SETTLED_S:
             return True
-        size = now
         time.sleep(POLL_S)
-    return _size(_dump(folder, pid)) > 0
+    return size > 0
 
 
 def _fill(request: int, deadline: float) -> None:

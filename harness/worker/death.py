@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from harness.case import Case
@@ -118,6 +118,14 @@ def verdict(case: Case, subject: str, death: Death, limit_s: float, memory_limit
     evidence |= {"resident_mib": death.resident >> 20, "oom_kills": death.oom_kills}
     evidence |= {} if death.gpu is None else {"gpu": asdict(death.gpu)}
     return Verdict(case.id, subject, what, death.stage, text, (Finding("death", text, evidence),))
+
+
+def on_device(verdict: Verdict, facts: Facts) -> Verdict:
+    """A call that raised, with what the device said of it: the exception alone names no kernel."""
+    if verdict.status is not Status.CRASHED:
+        return verdict
+    finding = Finding("death", facts.text, {"gpu": asdict(facts)})
+    return replace(verdict, reason=f"{verdict.reason}: {facts.text}", findings=(*verdict.findings, finding))
 
 
 def alarms(output: str, patterns: tuple[str, ...]) -> tuple[Finding, ...]:

@@ -134,6 +134,8 @@ class Supervisor:
     def _of(self, reply: Message) -> Verdict:
         verdict = Verdict.from_json({**reply["verdict"], "environment": reply["environment"]})
         self._environments[verdict.subject] = verdict.environment
+        if self.setup.device.kind == "cuda" and (facts := coredump.parse_log(reply.get("output", ""))):
+            verdict = death.on_device(verdict, facts)
         notes = death.alarms(reply.get("output", ""), tuple(reply.get("prints", ())))
         if reason := reply.get("retire"):
             notes = (*notes, Finding("worker", f"the worker was replaced after this case: {reason}"))

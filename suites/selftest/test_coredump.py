@@ -51,6 +51,10 @@ Opening GPU coredump: gpu.7.nvcudmp
 [Current focus set to CUDA kernel 0, grid 4, block (0,0,0), thread (0,0,0), device 0, sm 124, warp 3, lane 0]
 #0  0x00007ff533bb91d0 in spin_kernel<<<(1,1,1),(32,1,1)>>> ()
 """
+AT_LINE_START = """\
+[Current focus set to CUDA kernel 0, grid 4, block (0,0,0), thread (0,0,0), device 0, sm 0, warp 0, lane 0]
+#0  endless_kernel<<<(1,1,1),(128,1,1)>>> () at gpu_faults.py:72
+"""
 LOG = """\
 [06:43:15.109195] coredump: SM 123/132 has finished state collection
 [06:43:15.209195] coredump: Detected an exception of type CUDBG_EXCEPTION_WARP_ILLEGAL_ADDRESS (14)
@@ -77,6 +81,7 @@ ASSERT = (
         (LINE_ALONE, "Warp Illegal Address", "", "cuda_gpujoin.h:1159"),
         (EXITED, "Warp Illegal Address", "illegalMemoryAccessKernel(int*, int)", ""),
         (BUSY, "", "spin_kernel", ""),
+        (AT_LINE_START, "", "endless_kernel", "gpu_faults.py:72"),
     ],
 )
 def test_cuda_gdb_names_exception_kernel_and_line(said: str, exception: str, kernel: str, place: str) -> None:

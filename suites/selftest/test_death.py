@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ import torch
 from harness.backends.base import CPU
 from harness.case import Case
 from harness.verdict import Comparison, Stage, Status, Verdict
-from harness.worker import death, hang, health, log, vitals
+from harness.worker import coredump, death, hang, health, log, vitals
 from harness.worker.death import Death
 from harness.worker.log import Log
 from harness.worker.protocol import MAX_MESSAGE, Channel, CorruptedReply
@@ -206,3 +207,19 @@ def test_a_write_into_memory_of_no_call_is_corrupting() -> None:
     assert judged.status is Status.CORRUPTING
     assert f"1 bytes of a block that no call owns, freed by ours:{CASE.id} or before it, were written" in judged.reason
     assert canaries.after(CASE, verdict) == verdict
+
+
+def test_a_call_that_raised_is_told_with_the_kernel_of_the_device_assertion() -> None:
+    """torch says "unspecified launch failure" and no name; the device's own line has one."""
+    said = (
+        "/pytorch/aten/src/ATen/native/cuda/IndexKernelUtils.cu:16: vectorized_gather_kernel: block: [1,0,0], "
+        "thread: [20,0,0] Assertion `ind >=0 && ind < ind_dim_size` failed.\n"
+    )
+    raised = Verdict(CASE.id, "ours", Status.CRASHED, Stage.LAUNCH, "AcceleratorError: unspecified launch failure")
+    facts = coredump.parse_log(said)
+    assert facts is not None
+    told = death.on_device(raised, facts)
+    assert "in vectorized_gather_kernel at IndexKernelUtils.cu:16" in told.reason
+    assert told.findings[-1].evidence["gpu"]["exception"] == "Assert: ind >=0 && ind < ind_dim_size"
+    unharmed = dataclasses.replace(raised, status=Status.HUNG)
+    assert death.on_device(unharmed, facts) is unharmed
