@@ -42,8 +42,18 @@ CRASHES = (
     ("B203_padding_lanes_counted", "Triton-distributed/issues/181", ONE, "illegal memory access"),
 )
 HANGS = (
-    ("B127_cluster_never_completes", "flashinfer/issues/4814", BATCH, "no answer within 2 s during launch"),
-    ("B184_capacity_from_own_tokens", "DeepSpeed/issues/6809", RANKS, "no answer within 2 s during launch"),
+    (
+        "B127_cluster_never_completes",
+        "flashinfer/issues/4814",
+        BATCH,
+        "no answer within 2 s: it runs Python code at gemm_state.py",
+    ),
+    (
+        "B184_capacity_from_own_tokens",
+        "DeepSpeed/issues/6809",
+        RANKS,
+        "no answer within 2 s: it runs Python code at ranks_geometry.py",
+    ),
 )
 SCRIBBLES = (
     ("B018_inplace_overwrites_tokens", "vllm/pull/28942", MANY, "the call changed its input x"),

@@ -86,31 +86,6 @@ PATCHES = (
         (("mask=live[:, None] & (k[None, :] < K), other=0.0)", "mask=live[:, None], other=0.0)"),),
     ),
     Patch(
-        "B203",
-        "padding_counted_into_expert_zero",
-        "https://github.com/ByteDance-Seed/Triton-distributed/issues/181",
-        (
-            "red_zone",
-            "exception",
-            "death",
-            "poison",
-            "wrong_expert",
-            "repeat",
-            "missing_expert",
-            "never_written",
-            "non_finite",
-            "zeros",
-            "input_mutated",
-        ),
-        "The histogram is not masked: the lanes behind the last id count into expert 0.",
-        (
-            (
-                "at = chunk * CHUNK + lane\n    ids = tl.load(ids_ptr + at, mask=at < total, other=-1)",
-                "at = chunk * CHUNK + lane\n    ids = tl.load(ids_ptr + at, mask=at < total, other=0)",
-            ),
-        ),
-    ),
-    Patch(
         "B205",
         "scatter_without_increment",
         "https://github.com/vllm-project/vllm-xpu-kernels/issues/453",
