@@ -26,7 +26,7 @@ from harness.memory import NAN, RedZones, poisoned
 from harness.named import named
 from harness.oracle import Expected, expect
 from harness.relations import chosen
-from harness.soak import soaked
+from harness.repeats import unrepeatable
 from harness.subject import Subject, SubjectError, guarded, malformed, prepared, synchronised
 from harness.variants import copied, judged_on
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
@@ -174,7 +174,7 @@ def _relations(subject: Subject, options: Options) -> list[Finding]:
     for check in chosen(subject, options.checks):
         if finding := check.run(subject):
             return [finding]
-    finding = soaked(subject, options.repeats)
+    finding = unrepeatable(subject, options.repeats)
     return [] if finding is None else [finding]
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from harness.subject import Subject, guarded, malformed, same
 from harness.verdict import Finding
 
-SOAK_S = 0.5  # a hundred calls of 5 ms: an interpreted kernel, at 0.2 s a call, is not to take twenty seconds a case
+REPEATS_S = 0.5  # a hundred calls of 5 ms: an interpreted kernel, at 0.2 s a call, is not to take twenty seconds a case
 BURST = 8  # calls that are launched before the first of them is waited for and read, as the layers of a model are
 
 
-def soaked(subject: Subject, calls: int) -> Finding | None:
+def unrepeatable(subject: Subject, calls: int) -> Finding | None:
     """`calls` bare calls, in bursts that nobody waits for: each time the bits of the first are due, where the backend
     declares itself deterministic."""
     if not subject.backend.deterministic or not subject.case.shape.tokens:
         return None
     first, done = subject.result.to(subject.output.device), 0
-    end = time.perf_counter() + SOAK_S
+    end = time.perf_counter() + REPEATS_S
     while done < calls and time.perf_counter() < end:
         count = min(done or 1, BURST, calls - done)  # grows: a slow kernel is not asked for eight
         outputs = guarded(partial(_burst, subject, count))
