@@ -48,7 +48,7 @@ class Slow(AlignedMoe):
         super().run(out)
 
 
-def test_a_call_in_ten_that_is_wrong_shows_in_a_soak_only() -> None:
+def test_a_call_in_ten_that_is_wrong_shows_in_repeated_calls_only() -> None:
     """Two calls a case agree bit for bit."""
     backend = OnceInTen.backend("sut_once_in_ten")
     assert run(CASE, backend, CPU, options=Options(0)).status is Status.PASSED
@@ -62,12 +62,12 @@ def test_bits_are_asked_only_of_the_deterministic() -> None:
     assert run(CASE, backend, CPU, options=Options(0, repeats=16)).status is Status.PASSED
 
 
-def test_a_slow_kernel_is_soaked_for_no_longer_than_a_fast_one() -> None:
+def test_a_slow_kernel_is_repeated_for_no_longer_than_a_fast_one() -> None:
     assert run(CASE, Slow.backend("sut_slow"), CPU, options=Options(0, repeats=16)).status is Status.PASSED
     assert Slow.calls <= 2 + 8
 
 
-def test_tiers_soak() -> None:
+def test_tiers_repeat() -> None:
     assert config.tier("ci").repeats >= 8
     assert config.tier("nightly").repeats >= 100
 
