@@ -23,7 +23,7 @@ POLL_S = 0.05
 SETTLED_S = 1.0  # a dump that has not grown for so long is whole
 SHOWN = 300  # characters of a kernel's name: CUTLASS writes thousands
 
-# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int) (file.cu:11)`, `#0 0x7f in name<<<`,
+# cuda-gdb: `CUDA Exception: Warp Illegal Address`, `... triggered at PC 0x7f31  kernel(int) (file.cu:11)`, `#0 0x7f in name<<<`
 # without the address at a line's start.
 GDB_EXCEPTION = re.compile(r"^CUDA Exception: (.+)$", re.MULTILINE)
 GDB_AT = re.compile(r"^The exception was triggered at PC 0x[0-9a-f]+[ \t]*(.*?)[ \t]*(?:\(([^()\s]+:\d+)\))?$", re.MULTILINE)
