@@ -22,6 +22,7 @@ SEARCHED = 4  # of them, at which every expert of the layer is tried
 SCREENED = 2  # of them, at which every misreading of the weights is tried; what explains these is asked about the others
 UNEVEN = 1e-3  # an expert's factor closer to 1 than this is 1: the rounding of bf16 moves it by less
 RULE = 3  # experts that must follow a rule before it is called one
+MOST = 0.5  # share of the rows that a rule for all experts hits: the others would be wrong as well
 CLOSE = 0.1  # how far from 0, 1 or 2 an expert's weight in the output may be read
 FAINT = 1e-3  # energy of an expert's share, relative to its row's error, below which its weight cannot be read
 ALONG = 0.5  # share of an error's energy along the experts' own rows above which the weights are to blame, not rounding
@@ -98,8 +99,9 @@ class Inside:
             yield None if claim is None else replace(claim, late=kind == "constant_factor")
 
     def _few(self, tokens: Tensor) -> bool:
-        """Whether these tokens' experts are too few to tell a rule for all of them from a coincidence."""
-        return len(self.e.expected.routing.ids[tokens].unique()) < RULE
+        """Whether these tokens' experts, or the rows hit, are too few to tell a rule for all experts from a coincidence."""
+        hit = self.e.hit.double().mean().item()
+        return hit <= MOST or len(self.e.expected.routing.ids[tokens].unique()) < RULE
 
     def suspects(self) -> bool:
         """Whether some mistake's effect is in the error, too faint to be named but too clear to call the error rounding."""
@@ -192,7 +194,8 @@ class Inside:
         maps["E - 1 - e"] = count - 1 - ids
         for name, used in maps.items():
             prediction = (rows[used, at] * weights[..., None]).sum(1)
-            yield self.e.claim(kind, f"expert e is taken for {name}", prediction, {"map": name}, tokens)
+            where = "in these rows " * (kind == "wrong_expert")
+            yield self.e.claim(kind, f"{where}expert e is taken for {name}", prediction, {"map": name}, tokens)
         for expert in self.e.common_experts:
             share = torch.where(ids == expert, weights, 0.0).sum(-1)[:, None]
             for other in range(count):

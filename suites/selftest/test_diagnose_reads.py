@@ -274,3 +274,13 @@ def test_weights_that_are_a_little_off_are_no_rounding(size: float) -> None:
     noise = torch.randn(b.routing.weights.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = b.diagnosis(b.routed(weights=b.routing.weights * (1 + size * noise)))
     assert found.kind in ("wrong_weights", "unexplained"), found
+
+
+def test_one_row_in_eight_makes_no_rule_for_all_experts() -> None:
+    """A token sent to experts 3 - e, of four, fits "e is taken for E - 1 - e"; the seven right tokens refute it."""
+    b = bench_of(Case.parse("moe.bf16.t8.h64.i160.e4.k3.renormalize.swiglu.standard.real.s0"))
+    ids = b.routing.ids.clone()
+    token = next(t for t in range(8) if set(ids[t].tolist()) != set((3 - ids[t]).tolist()))
+    ids[token] = 3 - ids[token]
+    assert b.diagnosis(b.routed(ids=ids)).kind == "wrong_expert"
+    assert b.diagnosis(b.routed(ids=3 - b.routing.ids)).kind == "expert_permutation"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.faults.bugs.routing_select import OwnRouter
+from harness.faults.bugs.routing_select import MISROUTED, OwnRouter
 from harness.faults.fault import planted
 from harness.twins.aligned import NOWHERE, AlignedMoe
 from harness.twins.router import Router
@@ -80,5 +80,5 @@ FAULTS = (
         "https://github.com/sgl-project/sglang/pull/28237",
         ("constant_factor",),
     ),
-    planted("B216", UnsortedTopKLosesAnyExpert, "https://github.com/sgl-project/sglang/pull/8125", ("wrong_expert",)),
+    planted("B216", UnsortedTopKLosesAnyExpert, "https://github.com/sgl-project/sglang/pull/8125", MISROUTED),
 )
