@@ -128,7 +128,10 @@ FORMATS = (
             "triton_lost_sticky",
             Rule(_mx.up_by_bits(6.0), _mx.times_inverse(zero=0.0), _lost_sticky, keep_nan=True),
             "triton_kernels between the two: nearest even without the bits shifted out of subnormals",
-            (Golden(_row(4.0, 0.25 + 2.0**-25, LOST_STICKY, LOST_STICKY + 2.0**-25), _codes(6, 0, 0, 1), (127,)),),
+            (
+                Golden(_row(4.0, 0.25 + 2.0**-25, LOST_STICKY, LOST_STICKY + 2.0**-25), _codes(6, 0, 0, 1), (127,)),
+                Golden(_row(6.5), _codes(5), (128,)),
+            ),
         ),
         variant(
             _MXFP4,
