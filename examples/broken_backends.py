@@ -101,11 +101,6 @@ DEFECTS += (input_mutated, segfault, abort, hang, exception_after_yes)
 ONLY = {"tokens": 33, "hidden": 256, "inter": 128, "experts": 5, "top_k": 2, "fill": "real", "skew": "uniform"}
 
 
-def only(axis: str, value: int | str) -> Limit:
-    """Restricts a backend to one value of an axis."""
-    return Limit((axis,), lambda case: None if case.axes[axis] == value else f"this example wants {axis} {value}")
-
-
 def broken(defect: Callable[[Buffers], Tensor]) -> Backend:
     """A backend around one defective layer."""
 
@@ -122,7 +117,7 @@ def broken(defect: Callable[[Buffers], Tensor]) -> Backend:
         activations=("swiglu",),
         routings=("renormalize",),
         rounding=lambda case: Rounding(out="bf16"),
-        limits=tuple(only(axis, value) for axis, value in ONLY.items()),
+        limits=tuple(Limit.only(axis, value) for axis, value in ONLY.items()),
         prepare=prepare,
         summary=(defect.__doc__ or "").strip(),
     )

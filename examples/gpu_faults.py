@@ -144,11 +144,6 @@ def probe(device: Device) -> Support:
     return YES if triton is not None else Support.no("library", "wants triton")
 
 
-def only(axis: str, value: int | str) -> Limit:
-    """Restricts a backend to one value of an axis."""
-    return Limit((axis,), lambda case: None if case.axes[axis] == value else f"this example wants {axis} {value}")
-
-
 def faulty(fault: Callable[[Buffers], Tensor]) -> Backend:
     """A backend around one faulty layer."""
 
@@ -166,7 +161,7 @@ def faulty(fault: Callable[[Buffers], Tensor]) -> Backend:
         routings=("renormalize",),
         rounding=lambda case: Rounding(out="bf16"),
         probe=probe,
-        limits=tuple(only(axis, value) for axis, value in ONLY.items()),
+        limits=tuple(Limit.only(axis, value) for axis, value in ONLY.items()),
         prepare=prepare,
         summary=(fault.__doc__ or "").strip(),
         exempt={"graph": "an example of faults, not of capture"},

@@ -190,6 +190,11 @@ class Limit:
     axes: tuple[str, ...]
     refuses: Callable[[Case], str | None]
 
+    @classmethod
+    def only(cls, axis: str, value: int | str) -> Limit:
+        """Allows one value of an axis."""
+        return cls((axis,), lambda case: None if case.axes[axis] == value else f"wants {axis} {value}")
+
 
 EXAMPLE_ID = "moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0"
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from harness import cli
 from harness.compare import compare
 from harness.faults.audit import GUARD, MOECHECK, RIGHT, YOURS, Audit, Subject, Tally, audit
 from harness.faults.input_models import INPUT_MODELS, expected_of, once
@@ -23,20 +21,6 @@ CASES = (
     "moe.bf16.t17.h96.i96.e4.k2.renormalize.swiglu.standard.exact.s0",
 )
 SELECT = ("--platform", "cpu", "--backend", "torch_grouped_mm", *(word for case in CASES for word in ("--case", case)))
-
-
-@pytest.fixture
-def moecheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The console script, in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecheck", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        said = capsys.readouterr()
-        return int(caught.value.code or 0), said.out, said.err
-
-    return call
 
 
 def counted(*accepted: tuple[bool, bool]) -> Audit:

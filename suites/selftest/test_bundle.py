@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from harness import cli
 from harness.backends import discover
 from harness.backends.base import CPU, Backend, Launch
 from harness.bundle import manifest as m
@@ -59,19 +58,6 @@ def repro(folder: Path) -> int:
         runpy.run_path(str(folder / m.SCRIPT), run_name="__main__")
     assert isinstance(caught.value.code, int)
     return caught.value.code
-
-
-@pytest.fixture
-def moecheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The console script, in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecheck", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code or 0, *capsys.readouterr()  # type: ignore[return-value]
-
-    return call
 
 
 @pytest.mark.parametrize(

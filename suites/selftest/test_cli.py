@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 import pytest
 
@@ -22,26 +21,15 @@ GOOD = ("--backend", "torch_grouped_mm", "--case", CASE, "--platform", "cpu")
 HEAD = "from dataclasses import replace\nfrom harness.backends.torch_grouped_mm import BACKENDS as B\n"
 
 
-class Answer(NamedTuple):
+class Answer(Protocol):
+    """See conftest.py."""
+
     code: int
     out: str
     err: str
 
 
 Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def moecheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The console script, in this process."""
-
-    def call(*arguments: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["moecheck", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return Answer(caught.value.code or 0, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return call
 
 
 def refused(answer: Answer, *hints: str) -> None:
