@@ -18,7 +18,7 @@ from reference.formats import all_formats
 from reference.routing import RULES
 
 OPS = ("moe",)
-ACTIVATION_FORMATS = ("standard",)
+ACTIVATION_FORMATS = ("standard", "batched")  # batched: [experts, rows, hidden] slabs and masked_m, made by the adapter
 FILLS = ("exact", "real", "onehot", "idcode")  # the last two: exact probes, harness/idcode.py
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
 AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")

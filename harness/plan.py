@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,7 @@ def _production(platform: str, tier: config.Tier, backend: Backend, device: Devi
         for tokens, recipe, fill in ((t, r, f) for t in row.tokens for r in row.recipe for f in row.fill):
             shape = Shape(tokens, model.hidden, model.inter // row.tp, experts, model.top_k)
             case = Case("moe", shape, model.routing, model.activation, Recipe.parse(recipe), fill)
+            case = replace(case, activation_format=backend.activation_format)
             if problem := case.problem():
                 raise CaseError(f"tier {tier.name}, production row {row.model}: case {case.id} is impossible: {problem}")
             if backend.supports(case, device).ok:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import covertable
@@ -80,7 +80,8 @@ def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) ->
     }
     if not all(mine.values()):
         return []
-    cases = [TEMPLATE.vary(**row) for row in _rows(mine, limits, strength)]
+    template = replace(TEMPLATE, activation_format=backend.activation_format)
+    cases = [template.vary(**row) for row in _rows(mine, limits, strength)]
     return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
 
 

@@ -7,11 +7,12 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from harness.backends.base import Backend
+from harness.backends.base import Backend, always
 from harness.case import AXES, Recipe
 from harness.errors import MoecheckError, PluginError, UnknownName
 from reference.activation import ACTIVATIONS
@@ -24,11 +25,28 @@ def discover(plugins: Iterable[str] = ()) -> dict[str, Backend]:
     """Every backend by name. PluginError names the file that fails to import, declares nothing or reuses a name."""
     found: dict[str, Backend] = {}
     for origin, module in _modules(plugins):
-        for backend in _declared(origin, module):
+        for backend in with_twins(_declared(origin, module)):
             if backend.name in found:
                 raise PluginError(f"{origin}: backend {backend.name!r} is already defined elsewhere; choose another name")
             found[backend.name] = backend
     return found
+
+
+def with_twins(declared: Iterable[Backend]) -> Iterable[Backend]:
+    """Each backend, and after one that is `twinned` the same adapter over its library's twin, a subject on the CPU."""
+    for backend in declared:
+        yield backend
+        if backend.twinned:
+            summary = f"{backend.name} over the twin of its library: the adapter is judged, no kernel"
+            yield replace(
+                backend,
+                name=f"{backend.name}_twin",
+                library="torch",
+                archs=("cpu",),
+                probe=always,
+                summary=summary,
+                script=None,
+            )
 
 
 def _modules(plugins: Iterable[str]) -> Iterable[tuple[str, ModuleType]]:

@@ -86,6 +86,10 @@ class Backend:
     prepare(case, inputs): pack and bind. exempt: check of harness/relations.py -> why it is not promised here.
     expert_parallel: it reads `inputs.local`, skips the slots of other ranks' experts and adds nothing for them.
     prints: regular expressions of lines that its library prints when something failed and it carries on; they become notes.
+    activation_format: "standard" for tokens in their order; "batched" where it hands its kernels [experts, rows, hidden] slabs
+    with the count of live rows of each expert (masked_m).
+    entries: dotted names of the library functions it calls, resolved by `harness.entry.resolve`; where the library cannot run
+    on a CPU and every entry has a twin in harness/twins/libs, `twinned` makes the same adapter a subject there, NAME_twin.
     script(case): Python text that defines `call(b)`, the same call on the `Launch.buffers` by name, with torch and the library
     only, for a maintainer who has no moecheck. It stands in the file of `prepare`: with another `prepare` it is not used.
     """
@@ -105,6 +109,9 @@ class Backend:
     exempt: Mapping[str, str] = field(default_factory=dict)
     expert_parallel: bool = False
     prints: tuple[str, ...] = ()
+    activation_format: str = "standard"
+    entries: tuple[str, ...] = ()
+    twinned: bool = False
     script: Callable[[Case], str] | None = None
 
     def supports(self, case: Case, device: Device) -> Support:
@@ -115,6 +122,7 @@ class Backend:
             ("recipe", str(case.recipe), self.recipes),
             ("activation", case.activation, self.activations),
             ("routing", case.routing, self.routings or (case.routing,)),
+            ("activation format", case.activation_format, (self.activation_format,)),
         ):
             if given not in known:
                 return Support.no("case", f"{what} {given}: takes {', '.join(known)}")

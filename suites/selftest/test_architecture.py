@@ -51,7 +51,7 @@ CORE = (
     "whatif",
 )
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
-PACKING = {"harness.backends.base", "harness.case", "harness.errors", "harness.guard", "harness.inputs"}
+PACKING = {"harness.backends.base", "harness.case", "harness.entry", "harness.errors", "harness.guard", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
 ENVIRONMENT_READERS = {
     "harness/device.py",

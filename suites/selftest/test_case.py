@@ -114,7 +114,7 @@ def test_unknown_names_suggest_near_ones(given_name: str, hint: str) -> None:
 
 @pytest.mark.parametrize("word", ["op", "activation format", "skew"])
 def test_the_unknown_kind_is_said(word: str) -> None:
-    new = {"op": ("moe.", "mole."), "activation format": ("standard", "batched"), "skew": (".s0", ".wet.s0")}[word]
+    new = {"op": ("moe.", "mole."), "activation format": ("standard", "batch"), "skew": (".s0", ".wet.s0")}[word]
     with pytest.raises(UnknownName, match=f"{word} "):
         Case.parse(EXAMPLE_ID.replace(*new))
 
