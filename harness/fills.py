@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.hashing import Stream
-from reference.format import Format, Quantized, block_amax, expand_blocks
+from reference.format import WHOLE, Format, Quantized, block_amax, expand_blocks
 from reference.grid import FLOATS, ElementType, IntegerType, PowerOfTwoType
 
 BINADES = 4  # the real fill spreads floating-point codes over this many binades: the whole of E2M1
@@ -58,8 +58,10 @@ def window_rms(element: ElementType | IntegerType) -> float:
     return float(values.square().mean().sqrt())
 
 
-def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float) -> Quantized:
-    """A dense random matrix [rows, columns] of root mean square about `rms`, drawn as codes and scales."""
+def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float, common: Stream | None = None) -> Quantized:
+    """A dense random matrix [rows, columns] of root mean square about `rms`, drawn as codes and scales. `common`: the stream
+    of a matrix with which it shares the odd part of the factor of a `static` format: the two differ by a power of two, so a
+    library with one factor for both can be handed the other as a shift of its scales or codes."""
     rows, columns = shape
     element = fmt.element
     assert isinstance(element, ElementType | IntegerType)
@@ -69,25 +71,31 @@ def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float) -> Qua
         base /= math.sqrt(2)  # code minus zero point: a difference of two such draws
     if fmt.torch_dtype is not None:  # the bits of a plain format are its value's
         return Quantized(fmt, codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base)))
-    scales, global_scale = _real_scales(fmt, shape, stream, base)
+    scales, global_scale = _real_scales(fmt, shape, (stream, common or stream), base)
     zeros = None
     if fmt.scaling is not None and fmt.scaling.zero_points:
         zeros = window(element, stream.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
     return Quantized(fmt, codes, scales, global_scale, zeros)
 
 
-def _real_scales(fmt: Format, shape: tuple[int, int], stream: Stream, base: float) -> tuple[Tensor, Tensor | None]:
+def _real_scales(
+    fmt: Format, shape: tuple[int, int], streams: tuple[Stream, Stream], base: float
+) -> tuple[Tensor, Tensor | None]:
     assert fmt.scaling is not None
-    draw = stream.child("scales").fields(*fmt.scaling.scale_shape(*shape), 16)
-    jitter = (1 + (draw & (SCALE_STEPS - 1)).double() / SCALE_STEPS) / (1 + ((draw >> 8) & 1)).double()
+    own, common = streams
+    blocks = fmt.scaling.scale_shape(*shape)
+    draw = own.child("scales").fields(*blocks, 16)
+    odd = common.child("scales").fields(*blocks, 16) if fmt.scaling.group == (WHOLE, WHOLE) else draw
+    jitter = (1 + (odd & (SCALE_STEPS - 1)).double() / SCALE_STEPS) / (1 + ((draw >> 8) & 1)).double()
     if isinstance(fmt.scaling.element, PowerOfTwoType):
         base /= ROUND_UP
     if not fmt.scaling.global_scale:
         return _store(fmt, jitter * base), None
     # The block scales sit somewhere on the scale grid; the global scale carries the rest (encode sense).
-    word = int(stream.child("global").fields(1, 1, 16))
-    middle, odd = SCALE_LEVELS[(word >> 8) % len(SCALE_LEVELS)], 1 + (word & (SCALE_STEPS - 1)) / SCALE_STEPS
-    return _store(fmt, jitter * middle), torch.tensor(middle / base * odd / 1.5, dtype=torch.float32, device=draw.device)
+    word, shift = (int(stream.child("global").fields(1, 1, 16)) for stream in (common, own))
+    middle, part = SCALE_LEVELS[(word >> 8) % len(SCALE_LEVELS)], 1 + (word & (SCALE_STEPS - 1)) / SCALE_STEPS
+    factor = middle / base * part / 2 * 2.0 ** (shift >> 12 & 1)
+    return _store(fmt, jitter * middle), torch.tensor(factor, dtype=torch.float32, device=draw.device)
 
 
 def _store(fmt: Format, scales: Tensor) -> Tensor:

@@ -143,9 +143,12 @@ class Inputs:
         if self.case.exact:
             return self._exact.gate(expert), self._exact.up(expert) if gated else None
         shape = (self.case.shape.inter, self.case.shape.hidden)
-        gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in (GATE_STD, UP_STD))
+        scaling = get(self.case.recipe.weights).scaling
+        shared = scaling is not None and scaling.static
+        stds = (math.sqrt(GATE_STD * UP_STD),) * 2 if shared else (GATE_STD, UP_STD)
+        gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in stds)
         gate = self._real(f"gate.{expert}", shape, gate_rms)
-        return gate, self._real(f"up.{expert}", shape, up_rms) if gated else None
+        return gate, self._real(f"up.{expert}", shape, up_rms, f"gate.{expert}") if gated else None
 
     def _down(self, expert: int) -> Quantized:
         if self.case.exact:
@@ -160,8 +163,9 @@ class Inputs:
         w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
         return w13, torch.stack([self.down(e).codes for e in experts])
 
-    def _real(self, name: str, shape: tuple[int, int], rms: float) -> Quantized:
-        return fills.real(get(self.case.recipe.weights), shape, Stream(self.case.seed, f"real.{name}", self.device), rms)
+    def _real(self, name: str, shape: tuple[int, int], rms: float, common: str = "") -> Quantized:
+        own, other = (Stream(self.case.seed, f"real.{n}", self.device) for n in (name, common or name))
+        return fills.real(get(self.case.recipe.weights), shape, own, rms, other)
 
 
 def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
+from harness.backends._packing import group_of, pack
 from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case, Limit
 from harness.guard import Argument
 from harness.inputs import Inputs
-from reference.format import WHOLE, Format, Quantized
 from reference.formats import get
-from reference.layouts.linear import pack_nibbles
 from reference.rounding import Rounding
 
 KINDS = {"fp8_tensor": "fp8", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}  # the kernels' name of each weight format that is not plain
@@ -46,74 +43,11 @@ def rounding(case: Case) -> Rounding:
 
 def whole_blocks(case: Case) -> str | None:
     """The kernels read scales in whole blocks along both reduction axes."""
-    scaling = get(case.recipe.weights).scaling
-    group = 1 if scaling is None else scaling.group[1] or 1
+    group = group_of(case)
     for name, size in (("hidden", case.shape.hidden), ("inter", case.shape.inter)):
         if size % group:
             return f"{name} {size} is not a multiple of {group}, the block of {case.recipe.weights}"
     return None
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One projection of all experts: `data` [experts, rows, columns (/ 2 for 4-bit codes)], block `scales` [experts, rows,
-    columns / block] as codes, float32 `factors` [experts, parts]: `parts` matrices lie one above the other."""
-
-    data: Tensor
-    scales: Tensor | None
-    factors: Tensor | None
-
-    @classmethod
-    def empty(cls, fmt: Format, shape: tuple[int, int, int], parts: int, device: str) -> Stack:
-        """Room for [experts, rows, columns] of `fmt`, filled by `put`: no second copy of the weights is ever held."""
-        experts, rows, columns = shape
-        if fmt.torch_dtype is not None:
-            return cls(torch.empty(shape, dtype=fmt.torch_dtype, device=device), None, None)
-        assert fmt.scaling is not None
-        data = torch.empty((experts, rows, columns * fmt.element.bits // 8), dtype=torch.uint8, device=device)
-        scales = factors = None
-        if fmt.scaling.group[1] != WHOLE:
-            blocks = columns // fmt.scaling.group[1]
-            scales = torch.empty((experts, rows, blocks), dtype=torch.uint8, device=device)
-        if scales is None or fmt.scaling.global_scale:
-            factors = torch.empty((experts, parts), dtype=torch.float32, device=device)
-        return cls(data, scales, factors)
-
-    def put(self, expert: int, part: int, q: Quantized) -> None:
-        """Store one matrix as rows part * rows .. of its expert."""
-        rows = slice(part * q.shape[0], (part + 1) * q.shape[0])
-        self.data[expert, rows] = pack_nibbles(q.codes) if q.format.element.bits == 4 else q.codes
-        if self.scales is not None and q.scales is not None:
-            self.scales[expert, rows] = q.scales
-        if self.factors is not None:
-            self.factors[expert, part] = _factor(q)
-
-    def buffers(self, name: str) -> dict[str, Tensor]:
-        """The tensors by name: w13, w13_scales, w13_factors."""
-        named = {name: self.data, f"{name}_scales": self.scales, f"{name}_factors": self.factors}
-        return {key: tensor for key, tensor in named.items() if tensor is not None}
-
-
-def _factor(q: Quantized) -> Tensor:
-    """What a whole matrix is multiplied by: 1 / global scale (encode sense), or the one scale of a per-tensor format."""
-    if q.global_scale is not None:
-        return 1 / q.global_scale.float()
-    assert q.scales is not None
-    return q.scales.float().reshape(())
-
-
-def pack(case: Case, inputs: Inputs) -> tuple[Stack, Stack]:
-    """(w13, w2): gate rows above up rows, then the down projection."""
-    shape, fmt = case.shape, get(case.recipe.weights)
-    parts = 1 if inputs.gate_up(0)[1] is None else 2
-    w13 = Stack.empty(fmt, (shape.experts, parts * shape.inter, shape.hidden), parts, inputs.device)
-    w2 = Stack.empty(fmt, (shape.experts, shape.hidden, shape.inter), 1, inputs.device)
-    for expert in range(shape.experts):
-        for part, q in enumerate(inputs.gate_up(expert)):
-            if q is not None:
-                w13.put(expert, part, q)
-        w2.put(expert, 0, inputs.down(expert))
-    return w13, w2
 
 
 def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> Launch:

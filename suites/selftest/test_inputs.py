@@ -27,7 +27,7 @@ PINNED: dict[str, tuple[str, str, str]] = {
     "moe.nvfp4.t5.h64.i32.e8.k2.renormalize.swiglu.standard.real.s0": (
         "af12c30a49a2",
         "99796401e09b",
-        "8854c6c82819",
+        "1c1cc5d28cf9",
     ),
     "moe.bf16.t3.h40.i24.e16.k2.deepseek_v3.geglu.standard.exact.s7": (
         "008aa2b87ccd",
