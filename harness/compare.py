@@ -37,6 +37,7 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
     if by_ratio:
         bad, worst, limit = *_beyond_ratio(expected, actual, bad), TIMES
     usable = finite & judged[:, None]
+    independent = float(expected.independent.sum())
     norm = expected.value[usable].square().sum().sqrt()
     mean_z2 = float(z[usable].square().mean()) if usable.any() else 0.0
     return Comparison(
@@ -46,13 +47,13 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
         worst=worst,
         limit=limit,
         mean_z2=mean_z2,
-        mean_z2_limit=math.inf if by_ratio else mean_z2_limit(expected.independent),
+        mean_z2_limit=math.inf if by_ratio else mean_z2_limit(independent),
         rel_l2=float(error[usable].square().sum().sqrt() / norm) if norm > 0 else 0.0,
         nonfinite=int((~finite & judged[:, None]).sum()),
         rows_hit=int(bad.any(-1).sum()),
         experts_hit=_experts_hit(expected, bad),
         samples=_samples(expected, actual, z, torch.where(finite, error, torch.inf) * bad),
-        independent=expected.independent,
+        independent=independent,
     )
 
 

@@ -6,9 +6,6 @@ there, it counts as passing. A wrong tile must show wherever it lies: each tile 
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,24 +24,7 @@ def passing(expected: Expected, out: torch.dtype) -> list[str]:
 
 def at(expected: Expected, tokens: Tensor) -> Expected:
     """What is expected at tokens [n] alone; every tensor with a row per token is cut."""
-    count = len(expected.value)
-    if len(tokens) == count:
-        return expected
-    cut: dict[str, Any] = {
-        f.name: value[tokens]
-        for f in fields(expected)
-        if isinstance(value := getattr(expected, f.name), Tensor) and f.name != "sampled" and len(value) == count
-    }
-    routing = replace(
-        expected.routing,
-        ids=expected.routing.ids[tokens],
-        weights=expected.routing.weights[tokens],
-        margin=expected.routing.margin[tokens],
-    )
-    if (whole := expected.baseline) is not None:
-        cut["baseline"] = replace(whole, output=whole.output[tokens], freedom=whole.freedom[tokens])
-    share = len(tokens) / max(1, count)
-    return replace(expected, **cut, routing=routing, independent=expected.independent * share)
+    return expected if len(tokens) == len(expected.value) else expected.rows(tokens)
 
 
 def _rejected(expected: Expected, wrong: Tensor, tokens: int) -> bool:

@@ -33,13 +33,13 @@ class Expected:
     value, sigma [tokens, hidden]; exact: neither a rounding point nor the order of a GEMM's sums changes the value, so bits
     must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
     wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what expert e adds to the output, computed when
-    asked; independent: how many independent errors a right kernel's output holds; layer: the same layer, for what-if
+    asked; independent [tokens]: how many independent errors a right kernel's rows hold; layer: the same layer, for what-if
     questions; baseline: an emulation to compare with, where sigma is only that of an assumed recipe.
     """
 
     value: Tensor
     sigma: Tensor
-    independent: float
+    independent: Tensor
     exact: bool
     reason: str
     routing: Routing
@@ -49,6 +49,16 @@ class Expected:
     contribution: Callable[[int], Tensor]
     layer: Layer | None = None
     baseline: Baseline | None = None
+
+    def rows(self, rows: Tensor) -> Expected:
+        """What the tokens `rows` (int64) alone should give: a token's output depends on no other token. Impostors stay those
+        of the whole."""
+        names = ("ids", "weights", "margin")
+        routing = dataclasses.replace(self.routing, **{name: getattr(self.routing, name)[rows] for name in names})
+        mine = {name: getattr(self, name)[rows] for name in ("value", "sigma", "independent", "ambiguous")}
+        if (whole := self.baseline) is not None:
+            mine["baseline"] = dataclasses.replace(whole, output=whole.output[rows], freedom=whole.freedom[rows])
+        return dataclasses.replace(self, routing=routing, **mine)
 
 
 @dataclass
@@ -139,9 +149,9 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     )
 
 
-def _independent(inputs: Inputs, rows: _Accumulated) -> float:
+def _independent(inputs: Inputs, rows: _Accumulated) -> Tensor:
     weights = inputs.routing.weights
-    return independent_errors(rows.moments.view(*weights.shape, 2), weights, inputs.case.shape.hidden)
+    return independent_errors(rows.moments.view(*weights.shape, 2), weights, inputs.case.shape.hidden).cpu()
 
 
 def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Baseline:
@@ -150,7 +160,7 @@ def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     emulated, ideal = (r.view(shape.tokens, shape.top_k, shape.hidden) for r in (rows.baseline, rows.row))
     combined = dataclasses.replace(rounding, routing_weight=carrier, weighted=carrier, partial=carrier)
     less, more = (finalize_variance(ideal, torch.zeros_like(ideal), weights, r) for r in (rounding, combined))
-    per_token = max(_independent(inputs, rows), 1e-300) / max(1, shape.tokens)
+    per_token = max(float(_independent(inputs, rows).sum()), 1e-300) / max(1, shape.tokens)
     neurons = 1 / max(1 / per_token - 1 / shape.hidden, 1e-300)
     return Baseline(finalize(emulated, weights, rounding).cpu(), (more - less).clamp(min=0).cpu(), neurons)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from harness.guard import Violation, armed
 from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
 from harness.oracle import Expected, expect
-from harness.variants import copied, judged_on
+from harness.variants import copied, judged_on, other_tokens
 from harness.verdict import Finding
 from reference.formats import get
 
@@ -63,6 +64,12 @@ class Subject:
     launch: Launch
     output: Tensor
     result: Tensor
+    known: dict[int, tuple[Inputs, Expected]] = field(default_factory=dict)
+
+    @cached_property
+    def other(self) -> Inputs:
+        """Another step of the same layer."""
+        return other_tokens(self.inputs)
 
     def prepare(self, inputs: Inputs, copy: bool = True) -> Launch:
         """A launch of the same backend on other inputs, a copy of them unless their strides matter."""
@@ -74,15 +81,21 @@ class Subject:
             return guarded(lambda: synchronised(call, self.device))
 
     def expect(self, inputs: Inputs) -> Expected:
-        """What these inputs should give, under the same declared rounding."""
-        return expect(inputs.case, judged_on(inputs), self.backend.rounding(inputs.case), guard=False)
+        """What these inputs should give, under the same declared rounding; computed once while they exist."""
+        if inputs is self.inputs:
+            return self.expected
+        if id(inputs) not in self.known:
+            declared = self.backend.rounding(inputs.case)
+            self.known[id(inputs)] = inputs, expect(inputs.case, judged_on(inputs), declared, guard=False)
+        return self.known[id(inputs)][1]
 
-    def judge(self, check: str, what: str, inputs: Inputs, output: object) -> Finding | None:
-        """A finding of `check` if `output` is not what the oracle expects of `inputs`; `what` names the call."""
+    def judge(self, check: str, what: str, inputs: Inputs, output: object, expected: Expected | None = None) -> Finding | None:
+        """A finding of `check` if `output` is not what the oracle expects of `inputs`, or `expected` where that is known;
+        `what` names the call."""
         if finding := malformed(inputs.case, output, self.device):
             return Finding(check, f"{what}: {finding.text}")
         assert isinstance(output, Tensor)
-        comparison = compare(self.expect(inputs), output.detach().cpu())
+        comparison = compare(expected or self.expect(inputs), output.detach().cpu())
         if comparison.agrees:
             return None
         share = f"{comparison.beyond} of {comparison.total} elements beyond the bound, worst z {comparison.worst:.3g}"

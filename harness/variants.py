@@ -52,10 +52,14 @@ def judged_on(inputs: Inputs) -> Inputs:
     return near
 
 
-def permuted(inputs: Inputs) -> Inputs:
-    """The same tokens in reverse order, rotated by a third: no token of three or more keeps its place."""
-    tokens = inputs.case.shape.tokens
-    return take(inputs, torch.arange(tokens, device=inputs.x.device).flip(0).roll(tokens // 3))
+def another_order(tokens: int) -> Tensor:
+    """int64 [tokens]: reversed and rotated by a third; the one that would keep its place changes it with the next."""
+    here = torch.arange(tokens)
+    order = here.flip(0).roll(tokens // 3)
+    for kept in (order == here).nonzero().flatten().tolist():
+        pair = torch.tensor([kept, (kept + 1) % tokens])
+        order[pair] = order[pair.flip(0)]
+    return order
 
 
 def take(inputs: Inputs, rows: Tensor) -> Inputs:

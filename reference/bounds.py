@@ -143,8 +143,8 @@ def _block_sums(x: Tensor) -> Tensor:
     return to_blocks(x, (1, BLOCK)).sum(-1).squeeze(1)
 
 
-def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> float:
-    """How many independent errors an output holds: the mean of z**2 over it varies like that of so many.
+def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> Tensor:
+    """How many independent errors each row of an output holds, [tokens]: the mean of z**2 varies like that of so many.
 
     middle [tokens, top_k, 2]: sums of the variances v of the errors in an expert's middle, and of v**2; weights [tokens,
     top_k]. A token's `hidden` outputs mix n = (sum w**2 v)**2 / sum w**4 v**2 errors (participation ratio); the mean of
@@ -153,7 +153,7 @@ def independent_errors(middle: Tensor, weights: Tensor, hidden: int) -> float:
     power = weights.square()
     total, squares = (middle[..., 0] * power).sum(-1), (middle[..., 1] * power.square()).sum(-1)
     share = squares / total.square()  # 1 / n; NaN for a token without middle errors: only its own roundings
-    return float((1 / (share.nan_to_num(0.0) + 1 / hidden)).sum())
+    return 1 / (share.nan_to_num(0.0) + 1 / hidden)
 
 
 def _partials(done: ExpertPass, activation: Activation) -> tuple[Tensor, Tensor]:

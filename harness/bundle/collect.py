@@ -66,7 +66,7 @@ def _expectation(case: Case, backend: Backend, device: Device, folder: Path) -> 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / EXPECTED)
     judged = int((~expected.ambiguous).sum()) * case.shape.hidden
     limit = 0.0 if expected.exact else z_limit(judged)
-    mean = mean_z2_limit(expected.independent)
+    mean = mean_z2_limit(float(expected.independent.sum()))
     return {**facts, "file": EXPECTED, "exact": expected.exact, "limit": limit, "mean_limit": mean}
 
 

@@ -186,7 +186,8 @@ def test_row_variances_are_weighted_by_the_squared_routing_weight() -> None:
 def independent(variances: Tensor, weights: list[float], hidden: int) -> float:
     """variances [tokens, top_k, inter], every token with the same weights."""
     moments = torch.stack((variances.sum(-1), variances.square().sum(-1)), dim=-1)
-    return independent_errors(moments, torch.tensor([weights], dtype=torch.float64).expand(len(variances), -1), hidden)
+    every = torch.tensor([weights], dtype=torch.float64).expand(len(variances), -1)
+    return float(independent_errors(moments, every, hidden).sum())
 
 
 def test_few_neurons_mean_few_independent_errors() -> None:
