@@ -45,6 +45,7 @@ def _recipe(text: str) -> str:
 
 
 RecipeText = Annotated[str, AfterValidator(_recipe)]
+Tool = Annotated[str, Field(pattern="^(memcheck|racecheck|initcheck|synccheck)$")]
 Size = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
 Source = Annotated[str, Field(min_length=8)]
 
@@ -150,7 +151,7 @@ class Tier(Strict):
     """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
     repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
     are planned once more; replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and
-    after others."""
+    after others; sanitizer: tool of compute-sanitizer -> cases of each subject that are run under it in the end."""
 
     name: str
     strength: int = Field(ge=1, le=3)
@@ -160,6 +161,7 @@ class Tier(Strict):
     probes: tuple[str, ...] = ()
     replay_runs: int = Field(default=1, ge=0)
     replay_s: float = Field(default=10, ge=0)
+    sanitizer: dict[Tool, Annotated[int, Field(ge=1)]] = {}
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}

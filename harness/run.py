@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness import journal, pooled
+from harness import config, journal, pooled, sanitized
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
 from harness.plan import Plan
@@ -93,6 +93,7 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
         return 3
     if missing:
         raise Incomplete(f"{missing} of {len(plan.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
+    verdicts += sanitized.sweep(plan, folder, config.tier(plan.request.tier).sanitizer, out)
     red = any(outcome(v) in (Outcome.RED, Outcome.GONE) for v in verdicts)
     return 1 if red or pooled.alarms(verdicts) else 0
 
