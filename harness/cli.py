@@ -22,6 +22,7 @@ from rich.table import Table
 from harness import __version__, cli_audit, cli_bundle, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
+from harness.cli_dump import import_dump
 from harness.cli_faults import faults
 from harness.cli_options import Backends, Cases, Ops, Platform, Plugins, TierName
 from harness.cli_repro import repro
@@ -97,6 +98,7 @@ def list_(
 app.command()(repro)
 app.command()(faults)
 app.command()(shrink)
+app.command()(import_dump)
 
 
 @app.command()

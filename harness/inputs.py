@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,8 +62,10 @@ class Inputs:
     that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
     float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
     reference routes them, for kernels that do not route. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`,
-    Quantized in logical order.
+    Quantized in logical order. recorded: somebody else's tensors, which the case's id does not say.
     """
+
+    recorded: ClassVar[bool] = False
 
     case: Case
     device: str

@@ -83,7 +83,7 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     zero = torch.zeros(slots, shape.hidden, dtype=torch.float64, device=inputs.device)
     emulated = zero.clone() if declared is None and not case.exact else None
     rows = _Accumulated(zero, zero.clone(), zero.new_zeros(slots, 2), emulated)
-    layer, loader, impostors = Layer(case, inputs.device), Loader(inputs), guarding(case) if guard else {}
+    layer, loader, impostors = layer_of(inputs), Loader(inputs), guarding(case) if guard else {}
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
     experts = Experts(shape.experts, loader.weights, activation)
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
@@ -105,6 +105,11 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     wrong = dict(zip(impostors, bystander.outputs(expected.value.to(inputs.device)), strict=True))
     expected.impostors.update({name: output.cpu() for name, output in wrong.items()})
     return expected
+
+
+def layer_of(inputs: Inputs) -> Layer:
+    """The same layer, for what-if questions."""
+    return Layer(inputs.case, inputs.device, inputs if inputs.recorded else None)
 
 
 def _sampled(inputs: Inputs) -> Tensor:
@@ -144,7 +149,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         sampled=sampled.cpu(),
         impostors={name: wrong[sampled].cpu() for name, wrong in impostors.items()},
         contribution=lambda expert: _contribution(case, inputs, expert),
-        layer=Layer(case, inputs.device),
+        layer=layer_of(inputs),
         baseline=None if rows.baseline is None else _baseline(case, inputs, rounding, rows),
     )
 

@@ -140,15 +140,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Layer:
-    """The case's layer, for questions after the launch: its inputs are drawn anew, a bad kernel may have written to them."""
+    """The case's layer, for questions after the launch: its inputs are drawn anew, a bad kernel may have written to them.
+    given: the inputs, where they are recorded and nothing can be drawn."""
 
     case: Case
     device: str
+    given: Inputs | None = None
 
     @cached_property
     def inputs(self) -> Inputs:
         """Inputs nobody else holds."""
-        return make_inputs(self.case, self.device)
+        return make_inputs(self.case, self.device) if self.given is None else self.given
 
     @cached_property
     def loader(self) -> Loader:

@@ -90,6 +90,7 @@ class Backend:
     with the count of live rows of each expert (masked_m).
     entries: dotted names of the library functions it calls, resolved by `harness.entry.resolve`; where the library cannot run
     on a CPU and every entry has a twin in harness/twins/libs, `twinned` makes the same adapter a subject there, NAME_twin.
+    recorded(device): the inputs of its one case, where they are somebody's recorded tensors (harness/dump) and not drawn.
     script(case): Python text that defines `call(b)`, the same call on the `Launch.buffers` by name, with torch and the library
     only, for a maintainer who has no moecheck. It stands in the file of `prepare`: with another `prepare` it is not used.
     """
@@ -112,6 +113,7 @@ class Backend:
     activation_format: str = "standard"
     entries: tuple[str, ...] = ()
     twinned: bool = False
+    recorded: Callable[[str], Inputs] | None = None
     script: Callable[[Case], str] | None = None
 
     def supports(self, case: Case, device: Device) -> Support:

@@ -63,10 +63,10 @@ def cutlass_fused_moe(  # noqa: PLR0913  the library's signature
     return _run(SimpleNamespace(**locals()))
 
 
-def _run(a: SimpleNamespace) -> list[Tensor]:
-    """The call with the arguments `a`."""
+def read_call(a: SimpleNamespace) -> tuple[Mode, ActivationType, dict[str, Tensor]]:
+    """(how the buffers of the call with the arguments `a` are read, its activation, that one's parameters by expert), checked
+    as the library checks them."""
     _refuse(a)
-    output = _output(a.output, (a.input.shape[0], a.fc2_expert_weights.shape[1]), a.output_dtype)
     kind, values = _activation(a)
     mode = mode_of(
         Call(
@@ -85,6 +85,13 @@ def _run(a: SimpleNamespace) -> list[Tensor]:
     )
     _check(mode, a.token_selected_experts, a.token_final_scales, values)
     mode.check()
+    return mode, kind, values
+
+
+def _run(a: SimpleNamespace) -> list[Tensor]:
+    """The call with the arguments `a`."""
+    output = _output(a.output, (a.input.shape[0], a.fc2_expert_weights.shape[1]), a.output_dtype)
+    mode, kind, values = read_call(a)
     run = Run(mode, kind, values, range(a.ep_rank * mode.experts, (a.ep_rank + 1) * mode.experts))
     run(output, dense(a.token_selected_experts), dense(a.token_final_scales), a.ep_size)
     one, each = torch.empty(1, dtype=torch.int32), torch.empty(mode.experts, dtype=torch.int32)
