@@ -32,7 +32,11 @@ ACTIVATIONS = {
     "relu2": "RELU2_NO_MUL",
 }
 GATED = ("swiglu", "swiglu_oai", "geglu", "geglu_tanh")
-RULES = {"fp8_token": "fp8_token:vllm", "fp8_group": "fp8_group:vllm", "int8_token": "int8_token:vllm"}  # its quantisers
+RULES = {  # its quantisers; of groups the wheel's default on sm90 and later, where it bundles DeepGEMM: is_deep_gemm_e8m0_used
+    "fp8_token": "fp8_token:vllm",
+    "fp8_group": "fp8_group:vllm_ue8m0",
+    "int8_token": "int8_token:vllm",
+}
 PLAIN_HALVES = (
     "swiglu",
     "geglu",
