@@ -27,8 +27,6 @@ ACTIVATIONS = {
     "geglu": "GELU",
     "geglu_tanh": "GELU_TANH",
     "silu": "SILU_NO_MUL",
-    "gelu": "GELU_NO_MUL",
-    "gelu_tanh": "GELU_TANH_NO_MUL",
     "relu2": "RELU2_NO_MUL",
 }
 GATED = ("swiglu", "swiglu_oai", "geglu", "geglu_tanh")

@@ -12,8 +12,8 @@ from torch import Tensor
 from harness.backends import _vllm
 from harness.backends._packing import pack
 from harness.backends._slabs import in_slabs
+from harness.backends._vllm_schemes import FP8, interleaved_blocks
 from harness.backends.base import Backend, Launch
-from harness.backends.vllm_triton import FP8, interleaved_blocks
 from harness.case import Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding

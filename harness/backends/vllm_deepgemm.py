@@ -11,8 +11,7 @@ from harness.backends import _vllm
 from harness.backends._packing import pack
 from harness.backends._slabs import Places, in_blocks, in_slabs
 from harness.backends.base import Backend, Launch
-from harness.backends.vllm_triton import interleaved_blocks
-from harness.case import Case, Limit
+from harness.case import Case
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
@@ -105,11 +104,11 @@ def _backend(name: str, masked: bool) -> Backend:
         library="vllm",
         deterministic=True,
         recipes=("fp8_block-fp8_group",),
-        activations=_vllm.GATED,
+        activations=_vllm.PLAIN_HALVES,  # SWIGLUOAI alternates rows of w13 that share a scale
         archs=("sm90",),
         rounding=rounding,
         probe=_vllm.needs(entry, QUANTISE, ACTIVATE),
-        limits=(_vllm.SOME_TOKENS, Limit(("recipe", "activation"), interleaved_blocks)),
+        limits=(_vllm.SOME_TOKENS,),
         prepare=lambda case, inputs: prepare(case, inputs, masked),
         activation_format="batched" if masked else "standard",
         exempt=exempt,
