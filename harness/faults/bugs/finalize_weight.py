@@ -141,7 +141,7 @@ FAULTS = (
         "B135",
         HostWeightsNotReturned,
         "https://github.com/NVIDIA/TensorRT-LLM/pull/17088",
-        ("non_finite", "nan_from_padding", "never_written", "poison", "zeros", "unweighted"),
+        ("non_finite", "nan_from_padding", "never_written", "poison", "zeros", "unweighted", "constant_factor", "wrong_weights"),
     ),
     planted(
         "B232",

@@ -224,7 +224,7 @@ FAULTS = (
         "B025",
         HalfWeightsReadAsFloat,
         "https://github.com/vllm-project/vllm/pull/16801",
-        (*UNWRITTEN, "constant_factor"),
+        (*UNWRITTEN, "constant_factor", "wrong_weights", "zeros", "missing_expert"),  # a weight of what memory held, 0 too
     ),
     planted("B036", IdsEndInsideBlock, "https://github.com/vllm-project/vllm/pull/45539", ("exception", "poison")),
     planted(
