@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from harness.backends import with_twins
 from harness.backends._flashinfer import MEMBERS, Placement
-from harness.backends.base import CPU, Backend
+from harness.backends.base import CPU, Backend, Device
 from harness.backends.flashinfer_cute_sm90 import BACKENDS as CUTE
 from harness.backends.flashinfer_cutlass import BACKENDS as CUTLASS
 from harness.backends.flashinfer_cutlass import ENTRY, SCALES, WEIGHTS
@@ -111,6 +113,30 @@ def test_a_twin_has_the_signature_of_the_wheel(entry: str) -> None:
         assert (default is inspect.Parameter.empty) == (text == ""), name
         if text and not text.startswith(("ActivationType", "DEFAULT")):
             assert default == ast.literal_eval(text), name
+
+
+def test_a_module_that_is_not_compiled_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer compiles at the first call."""
+    functions = {"cutlass_fused_moe": MOE, "ActivationType": object}
+    env = {"FLASHINFER_AOT_DIR": tmp_path / "aot", "FLASHINFER_JIT_DIR": tmp_path / "jit"}
+    for name, members in (
+        ("flashinfer", {}),
+        ("flashinfer.jit", {}),
+        ("flashinfer.fused_moe", functions),
+        ("flashinfer.jit.env", env),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    hopper = Device("cuda", "sm90")
+    answer = CUTLASS[0].probe(hopper)
+    assert answer.kind == "library"
+    assert "fused_moe_90 is not compiled" in answer.reason
+    (tmp_path / "jit" / "fused_moe_90").mkdir(parents=True)
+    (tmp_path / "jit" / "fused_moe_90" / "fused_moe_90.so").touch()
+    assert CUTLASS[0].probe(hopper).ok
+    assert not CUTLASS[0].probe(Device("cuda", "sm100")).ok
+    assert "has no flashinfer.fused_moe.interleave_moe" in CUTLASS[3].probe(hopper).reason
 
 
 def test_the_result_is_a_list_whose_first_is_the_callers_output() -> None:
