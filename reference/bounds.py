@@ -178,10 +178,22 @@ def finalize_variance(rows: Tensor, variances: Tensor, weights: Tensor, rounding
         variance += _chain_variance(points, weighted, _power_of_two(weights[:, k, None]), rounding)
         variance += FP32.ulp(total).square() / 12
         if k > 0:
-            variance += rounding_variance(rounding, "partial", total)
+            variance += _sum_variance(total - weighted, weighted, rounding)
     if rows.shape[1] == 1 or rounding.out == rounding.partial:
         return variance
     return variance + rounding_variance(rounding, "out", total)
+
+
+def _sum_variance(a: Tensor, b: Tensor, rounding: Rounding) -> Tensor:
+    """Variance of rounding a + b at "partial". Where a and b are on that grid already, so is nearly their sum: it is a multiple
+    of the finer of their spacings g, and rounding that to spacing u errs by a multiple of g: (u**2 + 2 g**2) / 12 for
+    g < u, powers of two, ties included (g = u / 2: 0 or u / 2, u**2 / 8), and 0 for g >= u."""
+    variance = rounding_variance(rounding, "partial", a + b)
+    if rounding.weighted != rounding.partial or rounding.partial not in FLOATS:
+        return variance
+    grid = FLOATS[rounding.partial]
+    finer = torch.minimum(torch.where(a == 0, torch.inf, grid.ulp(a)), torch.where(b == 0, torch.inf, grid.ulp(b)))
+    return torch.where(finer < grid.ulp(a + b), variance + finer.square() / 6, 0.0)
 
 
 def _chain_variance(points: tuple[str, ...], value: Tensor, same: Tensor, rounding: Rounding) -> Tensor:

@@ -168,7 +168,7 @@ def _times_blocks(value: Tensor, scale: Tensor, group: tuple[int, int]) -> Tenso
     rows, columns = value.shape
     _, block = group
     if block not in (WHOLE, 1) and columns % block == 0 and scale.shape[0] == rows:
-        return value.view(rows, -1, block).mul_(scale.unsqueeze(-1)).view(rows, columns)
+        return value.view(rows, columns // block, block).mul_(scale.unsqueeze(-1)).view(rows, columns)
     return value * expand_blocks(scale, (rows, columns), group)
 
 

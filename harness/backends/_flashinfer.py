@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from harness.backends.base import YES, Device, Support
 from harness.case import Case, Limit
-from harness.entry import resolve
+from harness.entry import needs, resolve
 from harness.inputs import Inputs
 
 ACTIVATION_TYPE = "flashinfer.fused_moe.ActivationType"
@@ -36,6 +39,25 @@ def known(function: Callable[..., Any], **options: object) -> dict[str, object]:
     """Those options that the installed release has a parameter for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}
+
+
+def built(module: str, *entries: str) -> Callable[[Device], Support]:
+    """A probe: are the functions there, and is the module that they load compiled? `{arch}` in its name stands for "90". The
+    first call would compile it otherwise, fused_moe_90 from 242 CUDA files for hours, which a verdict would call a hang."""
+
+    def probe(device: Device) -> Support:
+        if not (support := needs(*entries)(device)).ok:
+            return support
+        env = importlib.import_module("flashinfer.jit.env")
+        name = module.format(arch=device.arch.removeprefix("sm"))
+        folders = (*getattr(env, "FLASHINFER_AOT_DIRS", (env.FLASHINFER_AOT_DIR,)), env.FLASHINFER_JIT_DIR)
+        if any(path for folder in folders for path in (Path(folder) / name).glob("*.so")):
+            return YES
+        return Support.no(
+            "library", f"{name} is not compiled: flashinfer install-jit-cache-wheel, or one call outside of moecheck"
+        )
+
+    return probe
 
 
 def whole(hidden: int, inter: int, why: str) -> Limit:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.backends._flashinfer import ACTIVATION_TYPE, MEMBERS, whole
+from harness.backends._flashinfer import ACTIVATION_TYPE, MEMBERS, built, whole
 from harness.backends._packing import pack
 from harness.backends.base import Backend, Launch
 from harness.case import Case
-from harness.entry import needs, resolve
+from harness.entry import resolve
 from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.activation import ACTIVATIONS
@@ -92,7 +92,7 @@ def backend(fused: bool) -> Backend:
         activations=FUNCTIONS,
         archs=("sm90",),
         rounding=partial(rounding, fused),
-        probe=needs(ENTRY, INTERLEAVE, ACTIVATION_TYPE),
+        probe=built("moe_utils", ENTRY, INTERLEAVE, ACTIVATION_TYPE),
         limits=(whole(8, 32, WHY),),
         prepare=partial(prepare, fused),
         summary=f"FlashInfer cute_dsl_fused_moe_bf16; the finalize {how}",

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.backends._flashinfer import ACTIVATION_TYPE, Placement, activation_type, known, whole
+from harness.backends._flashinfer import ACTIVATION_TYPE, Placement, activation_type, built, known, whole
 from harness.backends._flashinfer_modes import Packed, fp8_block, fp8_tensor, mxfp4_mxfp8, mxfp8, nvfp4, plain, w4a8, w4a16
 from harness.backends.base import Backend, Launch
 from harness.case import Case, Limit
-from harness.entry import needs, resolve
+from harness.entry import resolve
 from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.activation import ACTIVATIONS
@@ -31,7 +31,10 @@ SCALES = "flashinfer.fused_moe.interleave_moe_scales_for_sm90_mixed_gemm"
 FUNCTIONS = ("swiglu", "swiglu_oai", "swiglu_step", "geglu", "situ", "silu", "gelu", "relu", "relu2", "identity")
 HOPPER, DATACENTER = ("sm90",), ("sm100", "sm103")  # of 0.7.2.post1 fused_moe/api.py, _CUTLASS_*_ARCHS
 NO_STRIDES = "the kernel is handed an address: no stride of output= is looked at"
-ONCE = "an expert is looked for once a token: beyond 256 tokens a second slot of it finds no row (blockExpertPrefixSumKernel)"
+ONCE = (
+    "over 256 tokens, or with another top_k than 1, 2, 4, 6, 8, an expert is looked for once a token and a second slot of it"
+    " finds no row (blockExpertPrefixSumKernel)"
+)
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def backend(mode: Mode) -> Backend:
         activations=FUNCTIONS,
         archs=mode.archs,
         rounding=mode.rounding,
-        probe=needs(*entries),
+        probe=built("fused_moe_{arch}", *entries),
         limits=(whole(*mode.multiple, mode.why), *mode.limits),
         prepare=partial(prepare, mode),
         summary=f"FlashInfer cutlass_fused_moe, mode {mode.name}, finalize not fused",

@@ -14,7 +14,8 @@ from harness.faults.catalogue import FAULTS
 from harness.verdict import Status, Verdict
 from harness.worker.supervisor import Supervisor
 
-PLUGINS = ("harness.faults.catalogue", str(Path(__file__).parent / "foreign_out.py"))
+FOLDER = Path(__file__).parent
+PLUGINS = ("harness.faults.catalogue", str(FOLDER / "foreign_out.py"), str(FOLDER / "sm90_mixed.py"))
 LIMIT_S, HUNG_S = 30.0, 2.0  # a case takes 0.02 to 0.3 s
 BY_NAME = {fault.name: fault for fault in FAULTS}
 

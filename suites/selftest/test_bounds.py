@@ -24,6 +24,7 @@ from reference.bounds import (
     row_variance,
 )
 from reference.experts import ExpertPass, ExpertWeights, forward
+from reference.grid import FLOATS
 from reference.moe import moe
 from reference.rounding import Rounding
 
@@ -100,7 +101,7 @@ def test_a_row_times_a_power_of_two_is_on_its_grid_still() -> None:
 
 
 def test_two_rows_are_a_sum_whatever_their_weights() -> None:
-    assert finalized(BF16_ROW, 0.5, terms=2) == pytest.approx(ONE, rel=1e-6)
+    assert finalized(BF16_ROW, 0.5, terms=2) == pytest.approx(1.5 * ONE, rel=1e-6)  # every second sum of two is a tie
 
 
 def test_the_error_of_a_rounded_routing_weight_is_known() -> None:
@@ -163,6 +164,18 @@ def test_partial_sums_are_rounded_at_their_own_size() -> None:
     weights = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
     variance = finalize_variance(rows, torch.zeros_like(rows), weights, Rounding(partial="bf16"))
     assert variance.item() == pytest.approx((2.0**-12 + 2.0**-14) / 12, rel=1e-6, abs=0)
+
+
+def test_the_sum_of_two_values_of_a_grid_errs_by_multiples_of_the_finer_spacing() -> None:
+    """An even spread over the coarser spacing is 18 % short: a tie is half of the cases where the exponents are equal."""
+    bf16 = FLOATS["bf16"]
+    rows = bf16.round(torch.randn(100_000, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    rounding, ones = Rounding(row="bf16", weighted="bf16", partial="bf16"), torch.ones(100_000, 2, dtype=torch.float64)
+    total = rows.sum(1)
+    measured = (bf16.round(total) - total).square().mean()
+    assert float(finalize_variance(rows, torch.zeros_like(rows), ones, rounding).mean() / measured) == pytest.approx(
+        1, abs=0.02
+    )
 
 
 def test_variance_without_declared_roundings_is_that_of_fp32() -> None:

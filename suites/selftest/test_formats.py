@@ -235,6 +235,7 @@ def test_an_empty_matrix_survives(fmt: Format) -> None:
     x = torch.zeros(0, 32)
     q = fmt.encode(x, gs_for(fmt, x))
     assert q.shape == (0, 32)
+    assert fmt.decode(q).shape == (0, 32)
 
 
 def test_plain_formats_saturate_instead_of_making_infinities() -> None:

@@ -191,10 +191,10 @@ class Fp8Block(Mode):
 
 def by_groups(value: Tensor) -> Tensor:
     """float32 [rows, columns] through E4M3 with one scale of 128 columns."""
-    groups = value.view(value.shape[0], -1, 128)
+    groups = value.unflatten(1, (value.shape[1] // 128, 128))
     amax = groups.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1, keepdim=True)
     scale = torch.where(amax == 0, 1.0, 448.0 / amax)
-    return (FLOATS["e4m3"].round((groups * scale).double()).float() * (1.0 / scale)).view(value.shape)
+    return (FLOATS["e4m3"].round((groups * scale).double()).float() * (1.0 / scale)).flatten(1)
 
 
 class W4A16(Mode):
