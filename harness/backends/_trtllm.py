@@ -21,6 +21,7 @@ from reference.activation import ACTIVATIONS
 MOE = "flashinfer.fused_moe"
 TILE = 128  # epilogueTileM of every kernel but DeepSeek FP8's: trtllm_fused_moe_runner.cu, getOptions
 BLOCK_BYTES = 128  # of BlockMajorK: core.py, weight_layout
+NO_BIAS = ("trtllm_bf16_routed_moe", "trtllm_mxint4_block_scale_routed_moe")  # have no routing_bias; the other forms want it
 UNROUTED = "Renormalize"  # of precomputed routing: any method with kernels, its scores are not computed
 
 
@@ -193,16 +194,19 @@ def bind(name: str, packed: Packed, case: Case, inputs: Inputs) -> Launch:
     library = Library(inputs.device)
     buffers = {**step_buffers(inputs, routed), **packed.weights}
     fixed = {**layer_arguments(library, case, inputs.local, routed), **packed.fixed}
+    if routed and name not in NO_BIAS:
+        fixed["routing_bias"] = None
     output = Argument("output", torch.bfloat16, (case.shape.tokens, case.shape.hidden), contiguous=True, written=True)
     function = Entry(library.function(f"fused_moe.{name}"), (*packed.contract, output))
 
-    def result(output: Tensor | None = None, do_finalize: bool = True, **other: object) -> Any:
+    def result(**other: object) -> Any:
         weights = {key: buffers[key] for key in packed.weights}
         step = {**routing_arguments(buffers, routed), **packed.activations(buffers["x"])}
-        return function(**{**step, **weights, **fixed, **other}, output=output, do_finalize=do_finalize)
+        return function(**{**step, **weights, **fixed, **other})
 
     def call(output: Tensor | None = None, **other: object) -> Tensor:
-        return unwrapped(result(output, **other), case, inputs.device)
+        given = {} if output is None else {"output": output}
+        return unwrapped(result(**given, **other), case, inputs.device)
 
     def unfinalized() -> Tensor:
         return finalized(*result(do_finalize=False))

@@ -289,15 +289,15 @@ def activated(family: Family, case: Case) -> str | None:
     return None if case.activation in known else f"{case.recipe} takes {', '.join(known)}: docstring of trtllm_{family.kind}_moe"
 
 
-MAX_TOP_K = {"default": 8, "sigmoid": 8, "sigmoid_renorm": 8, "topk": 8, "topk_sigmoid": 8, "deepseek_v3": 8, "kimi_k2": 8}
-MAX_TOP_K |= {"minimax2": 8, "llama4": 1, "renormalize": 32, "renormalize_naive": 32}
-MAX_EXPERTS = {"default": 256, "sigmoid": 256, "sigmoid_renorm": 256, "topk": 256, "topk_sigmoid": 256, "llama4": 128}
+COMPILED = {"default": (256, 8), "sigmoid": (256, 8), "sigmoid_renorm": (256, 8), "topk": (256, 8), "topk_sigmoid": (256, 8)}
+COMPILED |= {"renormalize": (2048, 32), "renormalize_naive": (2048, 32), "minimax2": (1024, 32), "kimi_k2": (1024, 32)}
+COMPILED |= {"llama4": (128, 1), "deepseek_v3": (512, 22)}  # their own kernels: MaxSupportedExperts, MaxNumTopExperts
 TIER = "no compiled tier: PolicyTraits::Pairs of RoutingCustomPolicy.cuh"
 
 
 def tier(case: Case) -> str | None:
     """The routing kernels are compiled for pairs of (experts, top_k)."""
-    experts, top_k = MAX_EXPERTS.get(case.routing, 1024), MAX_TOP_K[case.routing]
+    experts, top_k = COMPILED[case.routing]
     if case.shape.experts > experts or case.shape.top_k > top_k:
         return f"{case.routing} routes up to {experts} experts, top {top_k}; {TIER}"
     return None
@@ -324,9 +324,12 @@ def fp8_block_routing(case: Case) -> str | None:
 
 
 def fp8_block_logits(case: Case) -> str | None:
-    """The same, of routing by groups."""
-    if case.routing == "deepseek_v3" and case.shape.top_k >= case.shape.experts // 2:
-        return "top_k must be less than the experts of the selected groups (Fp8BlockScaleLauncher::check_routing)"
+    """The same, of routing by the method DeepSeekV3; half of 8 groups are selected, or the only one there is."""
+    if METHODS[case.routing].groups is None:
+        return None
+    selectable = case.shape.experts // (2 if case.routing == "deepseek_v3" else 1)
+    if case.shape.top_k > 8 or case.shape.top_k >= selectable:
+        return "top_k must be at most 8 and less than the experts of selected groups (Fp8BlockScaleLauncher::check_routing)"
     return None
 
 

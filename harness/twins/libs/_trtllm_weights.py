@@ -80,22 +80,26 @@ def block_scaled(data: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], gat
     kind: nvfp4 (E4M3 scales per 16), mxfp4, mxfp8 (E8M0 per 32), mxint4 (bf16 per 32).
     """
     block = 16 if kind == "nvfp4" else 32
-    elements: dict[str, Element] = {"nvfp4": E2M1, "mxfp4": E2M1, "mxfp8": E4M3, "mxint4": INT4_FULL}
+    elements: dict[str, Element] = {"nvfp4": E2M1, "mxfp4": E2M1, "mxint4": INT4_FULL}
 
     def matrix(index: int, reorder: bool) -> Matrix:
         def one(e: int) -> Tensor:
             stored = data[index][e]
             raw = _bytes(stored) if stored.dim() == 3 else stored.view(torch.uint8)
             codes = _ordered(raw, reorder)
-            codes = codes if kind == "mxfp8" else unpack_nibbles(codes)
-            packed = scales[index][e]
-            logical = _scales(_scale_codes(packed), (codes.shape[0], codes.shape[1] // block), reorder)
-            values = elements[kind].decode(codes, torch.float32)
+            values = E4M3.decode(codes, torch.float32) if kind == "mxfp8" else _pairs(codes, elements[kind])
+            logical = _scales(_scale_codes(scales[index][e]), (values.shape[0], values.shape[1] // block), reorder)
             return _times(values, logical.float() if kind == "mxint4" else _decoded(logical, kind))
 
         return one
 
     return Weights(matrix(0, gated), matrix(1, False))
+
+
+def _pairs(packed: Tensor, element: Element) -> Tensor:
+    """float32 [rows, 2 * bytes]: the values of both nibbles of each byte, looked up at once."""
+    table = element.decode(unpack_nibbles(torch.arange(256, dtype=torch.uint8)[:, None]), torch.float32)
+    return table.index_select(0, packed.flatten().int()).view(packed.shape[0], -1)
 
 
 def _scale_codes(scales: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def _deepseek(a: SimpleNamespace) -> list[Tensor]:
     checks.matrices(a, True, a.weight_layout)
     epilogue = Epilogue(A.Swiglu, layer.through("fp8_group:trtllm"), narrow=layer.through("fp8_group"), **_given(a))
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
-    x = _e4m3(a.hidden_states).view(tokens, -1, 128) * a.hidden_states_scale.T.unsqueeze(-1)
-    return layer.run(a, x.view(tokens, hidden), _routed(a), weights.deepseek(data, scales, a.use_shuffled_weight), epilogue)
+    x = _blocks(_e4m3(a.hidden_states), a.hidden_states_scale.T)
+    return layer.run(a, x, _routed(a), weights.deepseek(data, scales, a.use_shuffled_weight), epilogue)
 
 
 def _mxfp8(a: SimpleNamespace) -> list[Tensor]:
