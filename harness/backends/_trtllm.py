@@ -108,7 +108,7 @@ def activation_parameters(case: Case, gate: Tensor | None, experts: int, device:
         alpha, beta, limit = given["beta"], given["linear_beta"], None
     values = {"gemm1_alpha": alpha, "gemm1_beta": beta, "gemm1_clamp_limit": limit}
     full = {n: None if v is None else torch.full((experts,), v, device=device) for n, v in values.items()}
-    if case.activation == "swiglu_step" and gate is not None:
+    if case.activation == "swiglu_step" and limit is not None and gate is not None:
         full["gemm1_clamp_limit"] = limit / gate
     return full
 
@@ -204,15 +204,12 @@ def bind(name: str, packed: Packed, case: Case, inputs: Inputs) -> Launch:
         step = {**routing_arguments(buffers, routed), **packed.activations(buffers["x"])}
         return function(**{**step, **weights, **fixed, **other})
 
-    def call(output: Tensor | None = None, **other: object) -> Tensor:
-        given = {} if output is None else {"output": output}
-        return unwrapped(result(**given, **other), case, inputs.device)
+    def call(other: Callable[[], Mapping[str, object]] = dict) -> Tensor:
+        return unwrapped(result(**other()), case, inputs.device)
 
-    def unfinalized() -> Tensor:
-        return finalized(*result(do_finalize=False))
+    def out(buffer: Tensor) -> Tensor:
+        return call(lambda: {"output": buffer})
 
-    def tactic(make: Callable[[], Mapping[str, object]]) -> Tensor:
-        return call(**make())
-
-    tactics = {"unfinalized": unfinalized, **{key: partial(tactic, make) for key, make in packed.tactics.items()}}
-    return Launch(call, buffers, out=call, tactics=tactics)
+    tactics: dict[str, Callable[[], Tensor]] = {key: partial(call, make) for key, make in packed.tactics.items()}
+    tactics["unfinalized"] = lambda: finalized(*result(do_finalize=False))
+    return Launch(call, buffers, out=out, tactics=tactics)

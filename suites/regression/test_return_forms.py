@@ -10,22 +10,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from harness.backends import with_twins
 from harness.backends._trtllm import Library, layer_arguments, routing_arguments, step_buffers
+from harness.backends._trtllm_packs import mxint4
 from harness.backends.base import CPU, Backend, Launch
-from harness.backends.flashinfer_trtllm import BACKENDS, mxint4
+from harness.backends.flashinfer_trtllm import BACKENDS
 from harness.case import Case
 from harness.entry import planted, resolve, twins
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import expect
-from harness.pipeline import OracleCache, Options, run
+from harness.pipeline import Options, OracleCache, run
 from harness.twins.libs._signature import Function, signed
 from harness.twins.libs.flashinfer_enums import ENUMS
 from harness.variants import Handed
-from harness.verdict import Status, Verdict
+from harness.verdict import Status
 
 ENTRY = "flashinfer.fused_moe.trtllm_mxint4_block_scale_moe"
 BEFORE = """routing_logits, routing_bias, hidden_states, gemm1_weights, gemm1_weights_scale, gemm1_alpha, gemm1_beta,
@@ -67,7 +67,12 @@ def _caller(style: Callable[[Function, dict[str, Any]], Any]) -> Callable[[Case,
     def prepare(case: Case, inputs: Inputs) -> Launch:
         function, packed, buffers = resolve(ENTRY, inputs.device), mxint4(case, inputs), step_buffers(inputs, routed=False)
         fixed = layer_arguments(Library(inputs.device), case, inputs.local, routed=False)
-        arguments = {**routing_arguments(buffers, routed=False), "hidden_states": buffers["x"], **packed.weights, **packed.fixed}
+        arguments = {
+            **routing_arguments(buffers, routed=False),
+            "hidden_states": buffers["x"],
+            **packed.weights,
+            **packed.fixed,
+        }
         return Launch(lambda: style(function, {**arguments, **fixed}), {**buffers, **packed.weights})
 
     return prepare

@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.twins.libs._trtllm_routing import check
 from harness.twins.libs.flashinfer_enums import ActivationType, RoutingMethodType, SfLayout, WeightLayout
 
-ABSENT = ("gemm1_lora_delta", "gemm1_bias", "gemm2_bias", "per_token_scale", "num_fused_shared_experts")
+ABSENT: tuple[str, ...] = ("gemm1_lora_delta", "gemm1_bias", "gemm2_bias", "per_token_scale", "num_fused_shared_experts")
 ABSENT += ("valid_hidden_size", "valid_intermediate_size")
 PARAMETERS = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 MAX_TOP_K = 8  # of FP8 block scales with DeepSeekV3 routing and up to 384 experts
@@ -96,7 +96,10 @@ def matrices(a: SimpleNamespace, gated: bool, layout: int) -> None:
     for name, (rows, k) in wanted.items():
         stored: Tensor = getattr(a, f"{name}_weights")
         blocked = layout == WeightLayout.BlockMajorK
-        check(stored.dim() == (4 if blocked else 3), f"{name} weights must be [experts, {'K/block_k, M, block_k' if blocked else 'M, K'}].")
+        check(
+            stored.dim() == (4 if blocked else 3),
+            f"{name} weights must be [experts, {'K/block_k, M, block_k' if blocked else 'M, K'}].",
+        )
         given = (stored.shape[2], stored.shape[1] * stored.shape[3]) if blocked else tuple(stored.shape[1:])
         check(given[0] == rows, f"{name} weights M dimension: intermediate_size or hidden_size has incorrect shape.")
         check(given[1] == k, f"{name} weights K dimension must be equal to {k}.")
@@ -107,7 +110,10 @@ def fp8_routing(a: SimpleNamespace) -> None:
     method = RoutingMethodType(a.routing_method_type)
     if method is RoutingMethodType.DeepSeekV3:
         check(bool(a.n_group and a.topk_group), "n_group should not be zero for DeepSeekV3 routing")
-        check(a.top_k <= MAX_TOP_K or a.num_experts > 384, f"Current routing kernel (with groups) only supports top_k<={MAX_TOP_K}")
+        check(
+            a.top_k <= MAX_TOP_K or a.num_experts > 384,
+            f"Current routing kernel (with groups) only supports top_k<={MAX_TOP_K}",
+        )
         selectable = a.topk_group * a.num_experts // a.n_group
         check(a.top_k < selectable, "top_k must be less than total number of experts in selected groups")
     else:

@@ -74,7 +74,9 @@ def _biased(a: SimpleNamespace, logits: Tensor, grouped: bool) -> tuple[Tensor, 
 
 def _check_groups(a: SimpleNamespace) -> None:
     limits = GROUPED
-    check(a.num_experts <= limits["experts"], f"Routing kernel expects #experts {a.num_experts} <= #threads {limits['experts']}")
+    check(
+        a.num_experts <= limits["experts"], f"Routing kernel expects #experts {a.num_experts} <= #threads {limits['experts']}"
+    )
     check(a.top_k <= limits["top_k"], "For DeepSeek routing method, must have topK <= 22")
     check(a.topk_group <= limits["kept"], "For DeepSeek routing method, must have topkGroup <= 4")
     check(a.n_group <= limits["groups"], f"Routing kernel expects #expert groups {a.n_group} to be <= max groups 8")

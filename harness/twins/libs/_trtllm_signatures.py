@@ -18,8 +18,8 @@ gemm2_weights_scale, {_SHAPE}, {_ROUTED_SCALE}, use_shuffled_weight=False, weigh
 _FP8_TYPE = "fp8_quantization_type=Fp8QuantizationType.DeepSeekFp8"
 _FP4 = f"""routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm1_bias, gemm1_alpha,
 gemm1_beta, gemm1_clamp_limit, gemm2_weights, gemm2_weights_scale, gemm2_bias, output1_scale_scalar, output1_scale_gate_scalar,
-output2_scale_scalar, {_SHAPE}, {_ROUTED_SCALE}, do_finalize=True, enable_pdl=None, {_SWIGLU}, per_token_scale=None, output=None,
-{_TUNE}"""
+output2_scale_scalar, {_SHAPE}, {_ROUTED_SCALE}, do_finalize=True, enable_pdl=None, {_SWIGLU}, per_token_scale=None,
+output=None, {_TUNE}"""
 _INT4 = f"""hidden_states, gemm1_weights, gemm1_weights_scale, gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights,
 gemm2_weights_scale, {_SHAPE}, {_ROUTED_SCALE}"""
 

@@ -32,7 +32,7 @@ def shuffle_matrix_sf_a(input_tensor: Tensor, epilogue_tile_m: int, num_elts_per
     return trtllm_scale_shuffle.scale_shuffle(trtllm_row_shuffle.block_rows(epilogue_tile_m)).pack(input_tensor)
 
 
-def convert_to_block_layout(input_tensor: Tensor, blockK: int) -> Tensor:  # noqa: N803
+def convert_to_block_layout(input_tensor: Tensor, blockK: int) -> Tensor:
     """[rows, columns] -> [columns / blockK, rows, blockK]."""
     assert input_tensor.shape[1] % blockK == 0, "K must be divisible by blockK"
     return block_major_k(blockK).pack(input_tensor)

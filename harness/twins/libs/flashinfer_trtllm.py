@@ -37,7 +37,8 @@ def _routed(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return ids, expert_weights
 
 
-def _given(a: SimpleNamespace) -> dict[str, Tensor | None]:
+def _given(a: SimpleNamespace) -> dict[str, Any]:
+    """The activation's parameters, as Epilogue names them."""
     return {"alpha": a.gemm1_alpha, "beta": a.gemm1_beta, "limit": a.gemm1_clamp_limit}
 
 
