@@ -36,7 +36,7 @@ def scaled(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
     """float32 [rows, columns] of code values times their block's scale, given as bytes [rows, blocks]."""
     assert fmt.scaling is not None
     factors = fmt.scaling.element.decode(scales.view(torch.uint8), torch.float32)
-    blocks: Tensor = codes.unflatten(-1, (factors.shape[-1], -1))  # type: ignore[no-untyped-call]
+    blocks: Tensor = codes.unflatten(-1, (factors.shape[-1], -1))
     return (blocks * factors.unsqueeze(-1)).flatten(-2)
 
 
