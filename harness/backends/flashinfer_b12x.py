@@ -20,6 +20,7 @@ from harness.entry import needs, resolve
 from harness.guard import Argument, Entry
 from harness.inputs import Inputs
 from reference.activation import ACTIVATIONS
+from reference.rounding import Rounding
 
 B12X = "flashinfer.fused_moe.b12x_fused_moe"
 BLOCK = 16
@@ -91,6 +92,12 @@ def whole_blocks(case: Case) -> str | None:
     return None
 
 
+def rounding(case: Case) -> Rounding | None:
+    """None: four kernels share the entry point and round differently: fp32 to the end (direct micro), bf16 sums of 256 neurons
+    each times bf16(routing weight * alpha) (static), bf16 atomics per 128 neurons (micro, dynamic)."""
+    return None
+
+
 BACKENDS = (
     Backend(
         name="flashinfer_b12x",
@@ -99,9 +106,7 @@ BACKENDS = (
         recipes=("nvfp4-nvfp4",),
         activations=tuple(NAMES),
         archs=("sm120",),
-        rounding=lambda case: (
-            None
-        ),  # by the number of slots: fp32 to the end, bf16 partial sums per 128 or 256 neurons, atomics
+        rounding=rounding,
         probe=needs(B12X, CONVERT),
         limits=(Limit(("hidden", "inter"), whole_blocks),),
         prepare=prepare,

@@ -58,7 +58,7 @@ def prepare(case: Case, inputs: Inputs, entry: str = NVFP4, options: Mapping[str
     """Pack the weights and bind `entry` to them, called with `options`."""
     b, acts, local = buffers(case, inputs), get(case.recipe.acts), inputs.local
     function = Entry(resolve(entry, inputs.device), contract("fc2_input_scale" in b))
-    named = {name: b[name] for name in b if name.startswith(("w1", "w2", "fc2"))}
+    packed = [name for name in b if name.startswith(("w1", "w2", "fc2"))]
     fixed = {
         **activation(case, inputs.device),
         **(options or {}),
@@ -78,7 +78,7 @@ def prepare(case: Case, inputs: Inputs, entry: str = NVFP4, options: Mapping[str
             num_experts=case.shape.experts,
             top_k=case.shape.top_k,
             moe_output=out,
-            **named,
+            **{name: b[name] for name in packed},
             **shard,
             **fixed,
         )
