@@ -12,10 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.backends.base import CPU
+from harness.backends import discover
+from harness.backends import flashinfer_cutedsl_masked as masked
+from harness.backends.base import CPU, YES, Device, Support
+from harness.backends.flashinfer_b12x import B12X
 from harness.backends.flashinfer_cutedsl_masked import dispatch
-from harness.entry import resolve, twins
+from harness.case import Case
+from harness.entry import planted, resolve, twins
 from harness.memory import HUGE, NAN, poisoned
+from harness.pipeline import run
 from harness.twins.libs import _cutedsl as dsl
 from reference.batched import to_batched
 from reference.formats import get
@@ -268,3 +273,38 @@ def test_b12x_says_what_it_refuses_and_folds_the_scale_of_x_into_alpha() -> None
     whole = b12x(x=one.x, **one.given)
     finer = b12x(x=one.x, **one.given, input_global_scale=torch.tensor([0.5]))  # half the decode scale: other block scales
     assert torch.allclose(finer.float(), whole.float(), atol=2**-4 * float(whole.abs().max()))
+
+
+def test_a_release_without_the_new_name_of_the_gemm_is_called_by_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def old(name: str, device: str) -> Any:
+        asked.append(name)
+        if name == masked.GEMMS[0]:
+            raise AttributeError(name)
+        return resolve(name, "cpu")
+
+    def needs(*names: str) -> Any:
+        return lambda device: Support.no("library", "no such name") if masked.GEMMS[0] in names else YES
+
+    monkeypatch.setattr(masked, "resolve", old)
+    monkeypatch.setattr(masked, "needs", needs)
+    masked.Functions.of("cuda")
+    assert asked[:2] == list(masked.GEMMS)
+    assert masked.probe(Device("cuda", "sm100")).ok
+
+
+def test_scales_cached_by_their_address_are_seen() -> None:
+    """moe_dispatch._WEIGHT_CACHE holds copies of scales and alphas under data_ptr(): a reload in place leaves the old ones."""
+    b12x, kept = twin("b12x_fused_moe"), {}
+
+    def caching(**given: Any) -> Tensor:
+        for name in ("w1_weight_sf", "w2_weight_sf", "w1_alpha", "w2_alpha"):
+            given[name] = kept.setdefault(given[name].data_ptr(), given[name].clone())
+        return b12x(**given)  # type: ignore[no-any-return]
+
+    backend = discover()["flashinfer_b12x_twin"]
+    case = Case.parse("moe.nvfp4-nvfp4.t9.h64.i32.e4.k2.renormalize.swiglu.standard.exact.s0")
+    found = [run(case, planted(backend, "caching", {B12X: f}), CPU).findings for f in (caching, b12x)]
+    assert [f.check for f in found[0]] == ["weights_in_place"]
+    assert not found[1]
