@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, SKEWS, Recipe
+from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS, Recipe
 from harness.errors import ConfigError, MoecheckError, UnknownName
 from harness.known import KnownIssue
 from harness.reading import MAX_DEPTH, MAX_INTEGER, printable, regular
@@ -110,7 +110,8 @@ class ScaleShape(Strict):
 
 
 class Platform(Strict):
-    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take."""
+    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take; ops: other values
+    for the questions beside the whole layer."""
 
     name: str
     arch: str
@@ -119,6 +120,21 @@ class Platform(Strict):
     padding_alignment: dict[str, Sourced]
     scale_shapes: tuple[ScaleShape, ...] = ()
     backends: dict[str, Axes] = {}
+    ops: dict[str, Axes] = {}
+
+    @field_validator("ops")
+    @classmethod
+    def known(cls, ops: dict[str, Axes]) -> dict[str, Axes]:
+        """Ops and axes that they have, by name."""
+        for op, axes in ops.items():
+            for kind, names, known in (
+                ("op", (op,), tuple(OPS)),
+                (f"axis of {op}", axes.levels(), OPS[op].axes if op in OPS else ()),
+            ):
+                for name in names:
+                    if name not in known:
+                        raise ValueError(str(UnknownName(kind, name, known)))
+        return ops
 
 
 class Production(Strict):
