@@ -29,6 +29,7 @@ FLOAT32 = 4  # bytes
 # functions), of up to 8 terms: 16 ulp of 2**-24.
 FAST_FP32 = 2.0**-20
 TANH_APPROX = 2.0**-11  # PTX ISA, tanh.approx.f32: largest relative error
+SIGMOID = 2.0**-24  # absolute, of tanhf(x / 2) / 2 + 0.5 (FlashInfer noAuxTcKernels.cu sigmoid_accurate): half an ulp of 1
 LEAST = 2.0**-126  # fp32 kernels flush what is smaller
 
 
@@ -145,6 +146,10 @@ def _route(case: Case, inputs: Inputs, rounding: Rounding) -> Answer:
     order = routing.ids.argsort(-1)
     ids, value = routing.ids.gather(1, order), routing.weights.gather(1, order)
     variance = rounding.variance("routing_weight", value) + (value * FAST_FP32).square() + LEAST**2
+    rule = RULES[case.routing]
+    if rule.score is torch.sigmoid:
+        scores = rule.scores(inputs.logits, inputs.bias)[0].gather(1, ids)
+        variance += (value / scores.clamp(min=LEAST) * SIGMOID).square()
     exact = case.exact and torch.equal(rounding.at("routing_weight", value), value)
     truth = packed(ids, value.to(dtype))
     wrong = {"zeros": torch.zeros_like(truth)} | _next_row(truth)

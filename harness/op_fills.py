@@ -23,6 +23,7 @@ ROOM = 0.9  # of the range that a static scale leaves unused: a calibrated scale
 WIDE = 16  # columns of a group where the format's scale spans the row
 KINDS = 8  # rows of the edges fill before they repeat
 INTEGERS = 7  # largest up of the exact activate fill: SATURATED * 2 * 7 is short in fp16 and bf16
+BLOCK_SCALE = 64.0  # of the ties below a global scale: a power of two inside E4M3, with room for its double
 FAR = 60.0  # logits whose softmax and sigmoid leave float32's normal numbers
 
 
@@ -39,14 +40,15 @@ def x(case: Case, stream: Stream) -> tuple[Tensor, float | None]:
 
 
 def static_scale(case: Case) -> float | None:
-    """Of a quantise case: for a global scale a float32, else a power of two; the same for every draw of x."""
+    """Of a quantise case: for a global scale a float32 in the real fill, else a power of two; the same for every draw."""
     fmt, carrier = get(case.recipe.weights), get(case.recipe.acts)
     assert fmt.scaling is not None
     if not fmt.scaling.static:
         return None
-    if fmt.scaling.global_scale:
-        return float(torch.tensor(fmt.scaling.global_range / _largest(carrier) * ROOM))
-    return 2.0 ** math.floor(math.log2(fills.peak(fmt) / _largest(carrier)))
+    most = (fmt.scaling.global_range if fmt.scaling.global_scale else fills.peak(fmt)) / _largest(carrier)
+    if fmt.scaling.global_scale and case.fill == "real":
+        return float(torch.tensor(most * ROOM))
+    return 2.0 ** math.floor(math.log2(most))
 
 
 def _largest(carrier: Format) -> float:
@@ -79,13 +81,15 @@ def _edges(case: Case, stream: Stream) -> Tensor:
     assert isinstance(carrier.element, ElementType)
     dense, group, dtype = _dense(case, stream), _group(fmt), carrier.torch_dtype
     assert dtype is not None
+    assert fmt.scaling is not None
+    scaled = fmt.scaling.global_scale
     info, words = torch.finfo(dtype), stream.child("edges").fields(rows, columns, 16)
     column = torch.arange(columns, device=stream.device)
     sign = 1.0 - 2.0 * (words & 1)
     bits = carrier.element.decode(words.int() if carrier.element.bits == 16 else words << 16, torch.float32)
     kinds = (
         torch.zeros_like(dense),
-        _ties(fmt, words, column, group),
+        _ties(fmt, words, column, group) / (static_scale(case) or 1.0) * (BLOCK_SCALE if scaled else 1.0),
         sign * (words >> 8) * info.smallest_normal * info.eps,
         sign * info.max / (1 + (words >> 1 & 1)),
         torch.where(column % group == (words[:, :1] >> 1) % group, dense, -0.0),
