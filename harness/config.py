@@ -99,6 +99,22 @@ class Axes(Strict):
         return {name: v.all if isinstance(v, Sizes) else list(v) for name, v in given.items() if v is not None}
 
 
+def _ops(ops: dict[str, Axes]) -> dict[str, Axes]:
+    """Ops, and axes that they have, by name."""
+    for op, axes in ops.items():
+        for kind, names, known in (
+            ("op", (op,), tuple(OPS)),
+            (f"axis of {op}", axes.levels(), OPS[op].axes if op in OPS else ()),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(str(UnknownName(kind, name, known)))
+    return ops
+
+
+OpAxes = Annotated[dict[str, Axes], AfterValidator(_ops)]
+
+
 class ScaleShape(Strict):
     """The shape of one physical scale buffer: factors like `experts`, `2 * inter`, `hidden / 32`."""
 
@@ -120,21 +136,7 @@ class Platform(Strict):
     padding_alignment: dict[str, Sourced]
     scale_shapes: tuple[ScaleShape, ...] = ()
     backends: dict[str, Axes] = {}
-    ops: dict[str, Axes] = {}
-
-    @field_validator("ops")
-    @classmethod
-    def known(cls, ops: dict[str, Axes]) -> dict[str, Axes]:
-        """Ops and axes that they have, by name."""
-        for op, axes in ops.items():
-            for kind, names, known in (
-                ("op", (op,), tuple(OPS)),
-                (f"axis of {op}", axes.levels(), OPS[op].axes if op in OPS else ()),
-            ):
-                for name in names:
-                    if name not in known:
-                        raise ValueError(str(UnknownName(kind, name, known)))
-        return ops
+    ops: OpAxes = {}
 
 
 class Production(Strict):
@@ -165,8 +167,8 @@ class ProductionRow(Strict):
 class Tier(Strict):
     """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
     repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
-    are planned once more; replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and
-    after others."""
+    are planned once more; ops: levels of the questions beside the whole layer; replay_runs, replay_s: what it may cost to
+    explain one death by running the case again, alone and after others."""
 
     name: str
     strength: int = Field(ge=1, le=3)
@@ -178,6 +180,7 @@ class Tier(Strict):
     replay_s: float = Field(default=10, ge=0)
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
+    ops: OpAxes = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}
 
     @field_validator("probes")

@@ -163,7 +163,10 @@ def platform_axes(platform: config.Platform, tier: config.Tier, backend: str, op
     one that the tier names, then one that the platform names for this backend. The edges of the tile the backend pads to
     are always among the tokens."""
     levels = platform.axes.levels()
-    for more in (platform.ops.get(op), tier.axes, tier.platforms.get(platform.name), platform.backends.get(backend)):
+    for more in (
+        *(platform.ops.get(op), tier.axes, tier.platforms.get(platform.name), tier.ops.get(op)),
+        platform.backends.get(backend),
+    ):
         levels |= {} if more is None else more.levels()
     if backend in platform.padding_alignment:
         tile = platform.padding_alignment[backend].value
