@@ -128,7 +128,8 @@ def subjects(backends: bool = True, device: Device = CPU) -> Iterator[Subject]:
     if device.kind == "cpu":
         yield from _emulations()
     for backend in discover().values() if backends else ():
-        if device.arch in (backend.archs or (device.arch,)) and checked_probe(backend, device).ok:
+        here = backend.op == "moe" and device.arch in (backend.archs or (device.arch,))
+        if here and checked_probe(backend, device).ok:
             planned = config.platform(device.arch).axes.recipe or backend.recipes
             for out, group in groupby(sorted((r for r in backend.recipes if r in planned), key=_out), _out):
                 judge, routings = partial(_run, backend, device), backend.routings or tuple(RULES)

@@ -2,12 +2,15 @@
 
 moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0
 op  recipe tokens hidden inter experts top_k routing activation format fill [skew] seed
+
+A case of another op names the axes that this op has, in the same order: quantize.nvfp4.t33.h256.real.s0. Its recipe says
+first what is written, then what is read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from harness.anchors import Products
@@ -17,9 +20,9 @@ from reference.format import WHOLE
 from reference.formats import all_formats
 from reference.routing import RULES
 
-OPS = ("moe",)
 ACTIVATION_FORMATS = ("standard", "batched")  # batched: [experts, rows, hidden] slabs and masked_m, made by the adapter
-FILLS = ("exact", "real", "onehot", "idcode")  # the last two: exact probes, harness/idcode.py
+PROBES = ("onehot", "idcode")  # exact fills of a layer, harness/idcode.py
+FILLS = ("exact", "real", *PROBES, "edges")  # edges: zeros, ties, subnormals and the largest numbers, harness/op_fills.py
 SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
 AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
 MAX_ID = 300  # characters: a file name holds 255 of them, and Python reads numbers of 4300 digits at most
@@ -28,11 +31,37 @@ MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): thr
 LEAST_QUANTISED = 4  # columns of a row that shares one scale: peak, two constant features (harness/exact.py), one value
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
 
-_ID = re.compile(
-    r"(?P<op>[a-z]\w*)\.(?P<recipe>[\w-]+)\.t(?P<tokens>\d+)\.h(?P<hidden>\d+)\.i(?P<inter>\d+)\.e(?P<experts>\d+)"
-    r"\.k(?P<top_k>\d+)\.(?P<routing>[a-z]\w*)\.(?P<activation>[a-z]\w*)\.(?P<activation_format>[a-z]\w*)"
-    r"\.(?P<fill>[a-z]+)(?:\.(?P<skew>[a-z]+))?\.s(?P<seed>\d+)"
-)
+
+@dataclass(frozen=True)
+class Op:
+    """A kind of question: the axes of its cases beside the seed, in the order of an id, and its fills. On every other axis a
+    case of it has the NEUTRAL value."""
+
+    axes: tuple[str, ...]
+    fills: tuple[str, ...]
+
+
+_FRONT = ("recipe", "tokens", "hidden", "inter", "experts", "top_k")
+OPS = {
+    "moe": Op((*_FRONT, "routing", "activation", "activation_format", "fill", "skew"), ("exact", "real", *PROBES)),
+    "quantize": Op(("recipe", "tokens", "hidden", "fill"), ("real", "edges")),
+    "activate": Op(("recipe", "tokens", "inter", "activation", "fill"), ("exact", "real")),
+    "route": Op(("recipe", "tokens", "experts", "top_k", "routing", "fill", "skew"), ("exact", "real", "edges")),
+}
+NEUTRAL: Mapping[str, int | str] = {
+    **{"tokens": 1, "hidden": 1, "inter": 1, "experts": 1, "top_k": 1, "routing": "default", "activation": "identity"},
+    **{"recipe": "fp32", "fill": "real", "skew": "uniform", "activation_format": "standard", "seed": 0},
+}
+_LETTERS = {"tokens": "t", "hidden": "h", "inter": "i", "experts": "e", "top_k": "k", "seed": "s"}
+
+
+def _pattern(op: Op) -> re.Pattern[str]:
+    texts = {name: rf"\.{letter}(?P<{name}>\d+)" for name, letter in _LETTERS.items()}
+    texts |= {"recipe": r"\.(?P<recipe>[\w-]+)", "fill": r"\.(?P<fill>[a-z]+)", "skew": r"(?:\.(?P<skew>[a-z]+))?"}
+    return re.compile(r"(?P<op>[a-z]\w*)" + "".join(texts.get(a, rf"\.(?P<{a}>[a-z]\w*)") for a in (*op.axes, "seed")))
+
+
+_IDS = {name: _pattern(op) for name, op in OPS.items()}
 
 
 @dataclass(frozen=True, order=True)
@@ -44,9 +73,6 @@ class Shape:
     inter: int
     experts: int
     top_k: int
-
-    def __str__(self) -> str:
-        return f"t{self.tokens}.h{self.hidden}.i{self.inter}.e{self.experts}.k{self.top_k}"
 
 
 @dataclass(frozen=True, order=True)
@@ -111,31 +137,34 @@ class Case:
     @property
     def id(self) -> str:
         """The canonical text; `Case.parse` inverts it."""
-        skew = "" if self.skew == "uniform" else f".{self.skew}"
-        names = f"{self.routing}.{self.activation}.{self.activation_format}.{self.fill}"
-        return f"{self.op}.{self.recipe}.{self.shape}.{names}{skew}.s{self.seed}"
+        values = {**self.axes, "activation_format": self.activation_format}
+        axes = OPS[self.op].axes if self.op in OPS else OPS["moe"].axes
+        parts = [f"{_LETTERS.get(a, '')}{values[a]}" for a in (*axes, "seed") if a != "skew" or self.skew != "uniform"]
+        return ".".join((self.op, *parts))
 
     def __str__(self) -> str:
         return self.id
 
     @classmethod
+    def of(cls, axes: Mapping[str, int | str]) -> Case:
+        """The case with a value for every axis; sizes and the seed may be given as text."""
+        names = ("op", "routing", "activation", "fill", "skew", "activation_format")
+        return cls(
+            **{name: str(axes[name]) for name in names},
+            shape=Shape(*(int(axes[k]) for k in ("tokens", "hidden", "inter", "experts", "top_k"))),
+            recipe=Recipe.parse(str(axes["recipe"])),
+            seed=int(axes["seed"]),
+        )
+
+    @classmethod
     def parse(cls, text: str) -> Case:
         """The case called `text`; CaseError or UnknownName says what is wrong with it."""
-        match = _ID.fullmatch(text.strip()) if len(text) <= MAX_ID else None
+        pattern = _IDS.get(text.strip().partition(".")[0], _IDS["moe"])
+        match = pattern.fullmatch(text.strip()) if len(text) <= MAX_ID else None
         if match is None:
             raise CaseError(f"case id {text!r:.{MAX_ID}} does not parse; wanted e.g. {EXAMPLE_ID}")
-        given = match.groupdict()
-        case = cls(
-            op=given["op"],
-            shape=Shape(*(int(given[k]) for k in ("tokens", "hidden", "inter", "experts", "top_k"))),
-            routing=given["routing"],
-            activation=given["activation"],
-            recipe=Recipe.parse(given["recipe"]),
-            fill=given["fill"],
-            skew=given["skew"] or "uniform",
-            activation_format=given["activation_format"],
-            seed=int(given["seed"]),
-        )
+        given = {**NEUTRAL, **{name: value for name, value in match.groupdict().items() if value is not None}}
+        case = cls.of(given)
         if case.id != text.strip():
             raise CaseError(f"case id {text!r} is not canonical; write {case.id}")
         case.check()
@@ -144,7 +173,7 @@ class Case:
     def check(self) -> None:
         """UnknownName or CaseError if this case cannot exist."""
         for kind, name, known in (
-            ("op", self.op, OPS),
+            ("op", self.op, tuple(OPS)),
             ("routing", self.routing, tuple(RULES)),
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("activation format", self.activation_format, ACTIVATION_FORMATS),
@@ -158,12 +187,12 @@ class Case:
 
     def problem(self) -> str | None:
         """Why this combination cannot exist, or None."""
-        return next((reason for limit in LIMITS if (reason := limit.refuses(self))), None)
+        return next((reason for limit in limits_of(self.op) if (reason := limit.refuses(self))), None)
 
     @property
     def exact(self) -> bool:
-        """Are bits due: is it the exact fill, or a probe?"""
-        return self.fill != "real"
+        """Is no rounding to change anything: is it the exact fill, or a probe?"""
+        return self.fill not in ("real", "edges")
 
     @property
     def scaled(self) -> bool:
@@ -248,6 +277,11 @@ def _whole_groups(case: Case) -> str | None:
     return None
 
 
+def _fill(case: Case) -> str | None:
+    fills = OPS[case.op].fills
+    return None if case.fill in fills else f"{case.op} has no fill {case.fill}, only {', '.join(fills)}"
+
+
 def _half(case: Case) -> str | None:
     if case.skew == "half" and (case.shape.experts < 2 * case.shape.top_k or RULES[case.routing].groups[0] > 1):
         return "skew half wants experts >= 2 * top_k and an ungrouped routing rule"
@@ -291,6 +325,36 @@ def _probe_hidden(case: Case) -> str | None:
     return None
 
 
+def _written(case: Case) -> str | None:
+    recipe, scaling = case.recipe, all_formats()[case.recipe.weights].scaling
+    if recipe != Recipe.parse(f"{recipe.weights}-{recipe.acts}") or not _plain(recipe.acts):
+        return f"recipe {recipe}: a quantiser writes one format and reads one plain type"
+    rows = scaling is not None and scaling.group[0] in (1, WHOLE) and not scaling.zero_points
+    if scaling is None or not rows or (scaling.global_scale and not scaling.static):
+        return f"recipe {recipe}: wanted a format with scales per tensor, token or group of a row"
+    return None
+
+
+def _written_groups(case: Case) -> str | None:
+    return _whole_groups(replace(case, recipe=replace(case.recipe, acts=case.recipe.weights)))
+
+
+def _op_elements(case: Case) -> str | None:
+    shape = case.shape
+    most = shape.tokens * max(shape.hidden, 2 * shape.inter, shape.experts)
+    return f"a tensor of {MAX_ELEMENTS} elements or more" if most >= MAX_ELEMENTS else None
+
+
+def _one_type(case: Case) -> str | None:
+    ok = case.recipe == Recipe.parse(case.recipe.weights) and _plain(case.recipe.weights)
+    return None if ok else f"recipe {case.recipe}: wanted one plain type"
+
+
+def limits_of(op: str) -> tuple[Limit, ...]:
+    """What forbids cases of an op; nothing for one that does not exist."""
+    return LIMITS if op == "moe" else OP_LIMITS.get(op, ())
+
+
 LIMITS = (
     Limit(("hidden", "inter", "experts", "top_k"), _sizes),
     Limit(("tokens", "hidden", "inter"), _elements),
@@ -303,4 +367,14 @@ LIMITS = (
     Limit(("fill", "recipe", "activation", "routing"), _exact_middle),
     Limit(("fill", "recipe"), _probe_recipe),
     Limit(("fill", "hidden"), _probe_hidden),
+    Limit(("fill",), _fill),
 )
+_SIZES = (Limit(("fill",), _fill), LIMITS[0], Limit(("tokens", "hidden", "inter", "experts"), _op_elements))
+OP_LIMITS = {
+    "quantize": (*_SIZES, Limit(("recipe",), _written), Limit(("recipe", "hidden"), _written_groups)),
+    "activate": (*_SIZES, Limit(("recipe",), _one_type), Limit(("fill", "activation"), _exact_activation)),
+    "route": (
+        *(*_SIZES, Limit(("recipe",), _one_type), Limit(("routing", "experts", "top_k"), _top_k)),
+        *(Limit(("skew", "routing", "experts", "top_k"), _half), Limit(("fill", "routing", "top_k"), _exact_weights)),
+    ),
+}

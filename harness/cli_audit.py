@@ -114,7 +114,7 @@ def _cases(request: Request) -> list[tuple[Case, Backend]]:
     for item in plan.make(request, backends, device).items:
         first.setdefault(item.case_id, item.subject)
     planned = [(Case.parse(case_id), backends[subject]) for case_id, subject in first.items()]
-    return [(case, backend) for case, backend in planned if case.shape.tokens]
+    return [(case, backend) for case, backend in planned if case.op == "moe" and case.shape.tokens]
 
 
 def _subjects(planned: list[tuple[Case, Backend]]) -> Iterator[Subject]:

@@ -24,14 +24,16 @@ MEAN_Z2_SLACK = 0.05  # a declared recipe sits at 1.00 +- 0.05 (lanes.md measure
 
 
 def compare(expected: Expected, got: Tensor) -> Comparison:
-    """Compare got [tokens, hidden] (any float dtype, CPU) with `expected`; ambiguous rows are left out."""
+    """Compare got [tokens, hidden] (any float dtype, CPU; of another op as harness/op_answers.py has it) with `expected`;
+    ambiguous rows are left out."""
     judged = ~expected.ambiguous
-    actual = got.double()
+    actual = expected.read(got).double()
+    columns = actual.shape[-1]
     error = (actual - expected.value).abs()
     finite = actual.isfinite()
     z = torch.where(error == 0, 0.0, error / expected.sigma)
     z = torch.where(finite, z, torch.inf)
-    limit = 0.0 if expected.exact else z_limit(int(judged.sum()) * got.shape[-1])
+    limit = 0.0 if expected.exact else z_limit(int(judged.sum()) * columns)
     bad, worst = (z > limit) & judged[:, None], float(z[judged].max()) if z[judged].numel() else 0.0
     by_ratio = expected.baseline is not None and not expected.exact and bool(judged.any())
     if by_ratio:
@@ -42,7 +44,7 @@ def compare(expected: Expected, got: Tensor) -> Comparison:
     mean_z2 = float(z[usable].square().mean()) if usable.any() else 0.0
     return Comparison(
         lane="exact" if expected.exact else "ratio" if by_ratio else "real",
-        total=int(judged.sum()) * got.shape[-1],
+        total=int(judged.sum()) * columns,
         beyond=int(bad.sum()),
         worst=worst,
         limit=limit,

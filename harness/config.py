@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, SKEWS, Recipe
+from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS, Recipe
 from harness.errors import ConfigError, MoecheckError, UnknownName
 from harness.known import KnownIssue
 from harness.reading import MAX_DEPTH, MAX_INTEGER, printable, regular
@@ -100,6 +100,22 @@ class Axes(Strict):
         return {name: v.all if isinstance(v, Sizes) else list(v) for name, v in given.items() if v is not None}
 
 
+def _ops(ops: dict[str, Axes]) -> dict[str, Axes]:
+    """Ops, and axes that they have, by name."""
+    for op, axes in ops.items():
+        for kind, names, known in (
+            ("op", (op,), tuple(OPS)),
+            (f"axis of {op}", axes.levels(), OPS[op].axes if op in OPS else ()),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(str(UnknownName(kind, name, known)))
+    return ops
+
+
+OpAxes = Annotated[dict[str, Axes], AfterValidator(_ops)]
+
+
 class ScaleShape(Strict):
     """The shape of one physical scale buffer: factors like `experts`, `2 * inter`, `hidden / 32`."""
 
@@ -111,7 +127,8 @@ class ScaleShape(Strict):
 
 
 class Platform(Strict):
-    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take."""
+    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take; ops: other values
+    for the questions beside the whole layer."""
 
     name: str
     arch: str
@@ -120,6 +137,7 @@ class Platform(Strict):
     padding_alignment: dict[str, Sourced]
     scale_shapes: tuple[ScaleShape, ...] = ()
     backends: dict[str, Axes] = {}
+    ops: OpAxes = {}
 
 
 class Production(Strict):
@@ -150,8 +168,9 @@ class ProductionRow(Strict):
 class Tier(Strict):
     """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
     repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
-    are planned once more; replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and
-    after others; sanitizer: tool of compute-sanitizer -> cases of each subject that are run under it in the end."""
+    are planned once more; ops: levels of the questions beside the whole layer; replay_runs, replay_s: what it may cost to
+    explain one death by running the case again, alone and after others; sanitizer: tool of compute-sanitizer -> cases of each
+    subject that are run under it in the end."""
 
     name: str
     strength: int = Field(ge=1, le=3)
@@ -164,6 +183,7 @@ class Tier(Strict):
     sanitizer: dict[Tool, Annotated[int, Field(ge=1)]] = {}
     axes: Axes = Axes()
     platforms: dict[str, Axes] = {}
+    ops: OpAxes = {}
     production: dict[str, tuple[ProductionRow, ...]] = {}
 
     @field_validator("probes")

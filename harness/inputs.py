@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness import fills
+from harness import fills, op_fills
 from harness.case import Case
 from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
@@ -61,8 +61,9 @@ class Inputs:
     x [tokens, hidden] in the recipe's carrier dtype, fixed points of the acts format where that is quantised; x_scale: what
     that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
     float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
-    reference routes them, for kernels that do not route. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`,
-    Quantized in logical order. recorded: somebody else's tensors, which the case's id does not say.
+    reference routes them, for kernels that do not route. Another op's x and logits: harness/op_fills.py. Weights by expert:
+    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order. recorded: somebody else's tensors, which the
+    case's id does not say.
     """
 
     recorded: ClassVar[bool] = False
@@ -178,10 +179,12 @@ def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:
 
 def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
     """The inputs of `case`. `variant` names another draw of x only (the previous call of a stale output)."""
-    stream = Stream(case.seed, f"{case.fill}{variant}", device)
+    stream = Stream(case.seed, f"{'' if case.op == 'moe' else case.op}{case.fill}{variant}", device)
     shape = case.shape
     x, x_scale = _x(case, stream.child("x"))
     logits = _logits(case, stream.child("logits"))
+    if case.op == "route":
+        logits = op_fills.logits(case, logits)
     bias = None
     if RULES[case.routing].biased:
         draw = stream.child("bias").fields(1, shape.experts, 16)[0]
@@ -195,6 +198,8 @@ def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
 
 def _x(case: Case, stream: Stream) -> tuple[Tensor, float | None]:
     """x, and what a static acts format is handed to quantise it."""
+    if case.op != "moe":
+        return op_fills.x(case, stream)
     fmt, carrier = get(case.recipe.acts), get(case.recipe.carrier)
     shape = (case.shape.tokens, case.shape.hidden)
     if case.exact:

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.case import Case
 from harness.inputs import Inputs
 from harness.mistakes import guarding
+from harness.op_answers import answer
 from harness.ratio import Baseline, assumed_rounding
 from harness.whatif import Bystander, Layer, Loader, spread
 from reference.activation import ACTIVATIONS
@@ -34,7 +35,8 @@ class Expected:
     must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
     wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what expert e adds to the output, computed when
     asked; independent [tokens]: how many independent errors a right kernel's rows hold; layer: the same layer, for what-if
-    questions; baseline: an emulation to compare with, where sigma is only that of an assumed recipe.
+    questions; read(output): the values that an output holds, where they are not its own elements; baseline: an emulation to
+    compare with, where sigma is only that of an assumed recipe.
     """
 
     value: Tensor
@@ -49,6 +51,7 @@ class Expected:
     contribution: Callable[[int], Tensor]
     layer: Layer | None = None
     baseline: Baseline | None = None
+    read: Callable[[Tensor], Tensor] = lambda output: output
 
     def rows(self, rows: Tensor) -> Expected:
         """What the tokens `rows` (int64) alone should give: a token's output depends on no other token. Impostors stay those
@@ -77,6 +80,8 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     they are unknown: then the real fill is judged by the ratio to an emulation of the case's recipe. It quantises x as
     declared: a no-op, but for a rule other than the format's own. Without `guard` no impostors are computed: a relation's
     inputs are those of a case that has been trusted."""
+    if case.op != "moe":
+        return _answered(case, inputs, declared or Rounding())
     rounding = handed(assumed_rounding(case.recipe) if declared is None else declared, inputs)
     shape, activation = case.shape, ACTIVATIONS[case.activation]
     slots = shape.tokens * shape.top_k
@@ -110,6 +115,25 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
 def layer_of(inputs: Inputs) -> Layer:
     """The same layer, for what-if questions."""
     return Layer(inputs.case, inputs.device, inputs if inputs.recorded else None)
+
+
+def _answered(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
+    """Another op's expectation: no row is ambiguous, and every impostor is judged on the whole output."""
+    given, routing = answer(case, inputs, rounding), inputs.routing
+    value = given.value.cpu()
+    return Expected(
+        value=value,
+        sigma=given.sigma.cpu(),
+        independent=torch.full((len(value),), float(value.shape[1]), dtype=torch.float64),
+        exact=given.exact,
+        reason="" if given.exact else "rounding changes the values",
+        routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
+        ambiguous=torch.zeros(len(value), dtype=torch.bool),
+        sampled=torch.arange(len(value)),
+        impostors={name: wrong.cpu() for name, wrong in given.impostors.items()},
+        contribution=lambda expert: torch.zeros_like(value),
+        read=lambda output: given.read(output).cpu(),
+    )
 
 
 def _sampled(inputs: Inputs) -> Tensor:

@@ -24,6 +24,7 @@ from harness.guard import Violation
 from harness.inputs import Inputs, make_inputs
 from harness.memory import NAN, RedZones, poisoned
 from harness.named import named
+from harness.op_symptoms import describe
 from harness.oracle import Expected, expect
 from harness.relations import chosen
 from harness.repeats import unrepeatable
@@ -159,7 +160,7 @@ def _judge(case: Case, backend: Backend, device: Device, progress: Progress, cac
     verdict = _conclude(subject, comparison, findings)
     if reason:  # recorded data is what it is: a wrong output is wrong, a right one says less
         verdict = replace(verdict, notes=(*verdict.notes, Finding("weak_data", f"this data cannot tell everything: {reason}")))
-    if options.rules is not None and case.shape.tokens:
+    if options.rules is not None and case.op == "moe" and case.shape.tokens:
         verdict = replace(verdict, rules=options.rules(subject))
     return progress.show(expected, subject.result, verdict)
 
@@ -187,12 +188,18 @@ def _relations(subject: Subject, options: Options) -> list[Finding]:
 def _conclude(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Verdict:
     diagnosis = None
     if not comparison.agrees:
-        diagnosis = diagnose(subject.expected, subject.result, comparison, findings)
-        diagnosis = named(diagnosis, subject.expected, subject.result)
+        diagnosis = _diagnosed(subject, comparison, findings)
     status = _status(comparison, findings)
     reason = _reason(comparison, diagnosis, findings)
     name = subject.backend.name
     return Verdict(subject.case.id, name, status, Stage.DONE, reason, tuple(findings), comparison, diagnosis)
+
+
+def _diagnosed(subject: Subject, comparison: Comparison, findings: list[Finding]) -> Diagnosis:
+    if subject.case.op != "moe":
+        return describe(subject.case, subject.expected, subject.result, comparison)
+    diagnosis = diagnose(subject.expected, subject.result, comparison, findings)
+    return named(diagnosis, subject.expected, subject.result)
 
 
 def _status(comparison: Comparison, findings: list[Finding]) -> Status:

@@ -150,18 +150,23 @@ def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device:
     platform = config.platform(request.platform, root)
     items = []
     for backend in chosen:
-        axes = platform_axes(platform, tier, backend.name)
+        axes = platform_axes(platform, tier, backend.name, backend.op)
         cases = plan_backend(axes, backend, device, tier.strength)
-        cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
+        if backend.op == "moe":
+            cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
         items += [Item(case.id, backend.name) for case in cases]
     return sorted(items)
 
 
-def platform_axes(platform: config.Platform, tier: config.Tier, backend: str) -> dict[str, list[int | str]]:
-    """The levels a backend is planned over: the platform's; an axis that the tier names replaces it, then one that the
-    platform names for this backend. The edges of the tile the backend pads to are always among the tokens."""
+def platform_axes(platform: config.Platform, tier: config.Tier, backend: str, op: str = "moe") -> dict[str, list[int | str]]:
+    """The levels a backend is planned over: the platform's; an axis that the platform names for this op replaces it, then
+    one that the tier names, then one that the platform names for this backend. The edges of the tile the backend pads to
+    are always among the tokens."""
     levels = platform.axes.levels()
-    for more in (tier.axes, tier.platforms.get(platform.name), platform.backends.get(backend)):
+    for more in (
+        *(platform.ops.get(op), tier.axes, tier.platforms.get(platform.name), tier.ops.get(op)),
+        platform.backends.get(backend),
+    ):
         levels |= {} if more is None else more.levels()
     if backend in platform.padding_alignment:
         tile = platform.padding_alignment[backend].value

@@ -32,6 +32,7 @@ STEP: dict[str, Callable[[Inputs], Tensor | None]] = {
 STRIDE_PAD = 64  # elements between two rows of a strided tensor: 128 bytes of bf16, what TMA asks of a stride
 REFUSALS = ("contiguous", "stride", "align")  # what a clear refusal of a strided input speaks of
 TINY = 2.0**-20  # a token that a scale kept in fp16 or a per-tensor scale rounds away, and one of its own keeps
+OP_CHECKS = ("next_step", "out_buffer", "out_strided", "strided_inputs", "graph", "split_batch", "token_permutation")  # not moe
 WIDEST = 1 << 22  # elements of x times experts up to which a relation re-runs the oracle
 
 
@@ -47,7 +48,8 @@ class Check:
 
 def chosen(subject: Subject, limit: int | None) -> list[Check]:
     """The checks for this case: all that apply, or `limit` of them picked by the case id, so that a plan covers them all."""
-    applying = [c for c in CHECKS if c.name not in subject.backend.exempt and c.needs(subject) is None]
+    asked = [c for c in CHECKS if subject.case.op == "moe" or c.name in OP_CHECKS]
+    applying = [c for c in asked if c.name not in subject.backend.exempt and c.needs(subject) is None]
     if limit is None:
         return applying
     keys = Stream(subject.case.seed, f"checks.{subject.case.id}").fields(1, max(1, len(applying)), 32)[0].tolist()
@@ -71,8 +73,10 @@ def _small(subject: Subject) -> str | None:
 
 
 def _stepped(subject: Subject) -> str | None:
-    routed = "logits" in subject.launch.buffers or "ids" in subject.launch.buffers
-    return _small(subject) or (None if "x" in subject.launch.buffers and routed else "its step buffers are not named")
+    shown = subject.launch.buffers
+    routed = "logits" in shown or "ids" in shown
+    named = ("x" in shown and routed) if subject.case.op == "moe" else ("x" in shown or routed)
+    return _small(subject) or (None if named else "its step buffers are not named")
 
 
 def _next_step(subject: Subject) -> Finding | None:

@@ -73,7 +73,17 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     pytest processes (pytest-xdist) that share it."""
     done = len(journal.read(folder))
     watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
-    arguments = [str(SUITES / "layer"), "--run-dir", str(folder), "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
+    arguments = [
+        str(SUITES / "layer"),
+        str(SUITES / "ops"),
+        "--run-dir",
+        str(folder),
+        "-p",
+        "no:terminal",
+        "-p",
+        "no:cacheprovider",
+        "-s",
+    ]
     arguments += ["--assert=plain", "--maxfail=0"]  # nothing to rewrite; PYTEST_ADDOPTS=-x must not end the run
     arguments += ["-W", "default"]  # a foreign plugin's warning (pytest-benchmark under xdist) must not either
     arguments += [] if jobs == 1 else ["-n", str(jobs)]

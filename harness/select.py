@@ -10,7 +10,7 @@ from typing import Any
 import covertable
 
 from harness.backends.base import Backend, Device
-from harness.case import LIMITS, Case, Limit, Recipe, Shape
+from harness.case import NEUTRAL, OPS, Case, Limit, Recipe, Shape, limits_of
 
 Axes = Mapping[str, Sequence[int | str]]
 PROBE_EVERY = 4  # of the exact half of a plan: an eighth more cases
@@ -25,27 +25,33 @@ class Item:
     subject: str
 
 
-def cover(axes: Axes, limits: Iterable[Limit], strength: int) -> list[dict[str, Any]]:
+def template(op: str) -> Case:
+    """The case whose values stand in for axes that are not varied."""
+    return TEMPLATE if op == "moe" else Case.of({**NEUTRAL, "op": op})
+
+
+def cover(axes: Axes, limits: Iterable[Limit], strength: int, base: Case = TEMPLATE) -> list[dict[str, Any]]:
     """Rows in which every `strength`-way combination of axis values that `limits` allow occurs at least once.
 
-    Deterministic. Axes with one value are constants; a limit is checked as soon as its axes are assigned.
+    Deterministic. Axes with one value are constants, axes that are not named keep the value of `base`; a limit is checked as
+    soon as its axes are assigned.
     """
     fixed = {name: values[0] for name, values in axes.items() if len(values) == 1}
     free = {name: list(values) for name, values in axes.items() if len(values) > 1}
     if not free:
-        return [fixed] if _allowed(fixed, limits) else []
-    constraints = [_constraint(limit, free, fixed) for limit in limits]
+        return [fixed] if _allowed(fixed, limits, base) else []
+    constraints = [_constraint(limit, free, fixed, base) for limit in limits]
     strength = min(strength, len(free))
     rows = covertable.make(free, strength=strength, constraints=[c for c in constraints if c is not None])
     return [{**fixed, **row} for row in rows]
 
 
-def _allowed(row: Mapping[str, Any], limits: Iterable[Limit]) -> bool:
-    return all(limit.refuses(TEMPLATE.vary(**row)) is None for limit in limits)
+def _allowed(row: Mapping[str, Any], limits: Iterable[Limit], base: Case = TEMPLATE) -> bool:
+    return all(limit.refuses(base.vary(**row)) is None for limit in limits)
 
 
-def _constraint(limit: Limit, free: Axes, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """covertable's form of a limit; every other axis keeps its fixed or template value, which the limit does not look at."""
+def _constraint(limit: Limit, free: Axes, fixed: Mapping[str, Any], base: Case) -> dict[str, Any] | None:
+    """covertable's form of a limit; every other axis keeps its fixed value or that of `base`, which the limit ignores."""
     seen = [name for name in limit.axes if name in free]
     if not seen:
         return None
@@ -54,15 +60,20 @@ def _constraint(limit: Limit, free: Axes, fixed: Mapping[str, Any]) -> dict[str,
     def evaluate(row: Mapping[str, Any]) -> bool:
         key = tuple(row[name] for name in seen)
         if key not in verdicts:
-            verdicts[key] = limit.refuses(TEMPLATE.vary(**{**fixed, **dict(zip(seen, key, strict=True))})) is None
+            verdicts[key] = limit.refuses(base.vary(**{**fixed, **dict(zip(seen, key, strict=True))})) is None
         return verdicts[key]
 
     return {"operator": "fn", "requires": seen, "evaluate": evaluate}
 
 
 def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
-    """`axes` restricted to what the backend declares; None when nothing of some axis is left."""
-    declared = {"recipe": backend.recipes, "activation": backend.activations, "routing": backend.routings or axes["routing"]}
+    """`axes` restricted to those of the backend's op and to what it declares; None when nothing of some axis is left."""
+    axes = {name: values for name, values in axes.items() if name in OPS[backend.op].axes}
+    declared = {
+        "recipe": backend.recipes,
+        "activation": backend.activations,
+        "routing": backend.routings or axes.get("routing", ()),
+    }
     kept = {name: [v for v in values if v in declared.get(name, values)] for name, values in axes.items()}
     return kept if all(kept.values()) else None
 
@@ -72,16 +83,16 @@ def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) ->
     mine = narrowed(axes, backend)
     if mine is None or (backend.archs and device.arch not in backend.archs):
         return []
-    limits = (*LIMITS, *backend.limits)
+    limits, base = (*limits_of(backend.op), *backend.limits), template(backend.op)
     single = [limit for limit in limits if len(limit.axes) == 1]
     mine = {
-        name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)])]
+        name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)], base)]
         for name, values in mine.items()
     }
     if not all(mine.values()):
         return []
-    template = replace(TEMPLATE, activation_format=backend.activation_format)
-    cases = [template.vary(**row) for row in _rows(mine, limits, strength)]
+    base = replace(base, activation_format=backend.activation_format)
+    cases = [base.vary(**row) for row in _rows(mine, limits, strength, base)]
     return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
 
 
@@ -92,12 +103,12 @@ def probes(cases: Sequence[Case], fills: Sequence[str]) -> list[Case]:
     return [found[0] for options in varied if (found := [case for case in options if case.problem() is None])]
 
 
-def _rows(axes: Axes, limits: Sequence[Limit], strength: int) -> list[dict[str, Any]]:
+def _rows(axes: Axes, limits: Sequence[Limit], strength: int, base: Case) -> list[dict[str, Any]]:
     """Batches with tokens, and empty ones apart: a combination that only an empty batch has tests nothing. Both together
     hold every `strength`-way combination, those with 0 tokens included."""
     tokens = [t for t in axes["tokens"] if t]
-    rows = cover({**axes, "tokens": tokens}, limits, strength) if tokens else []
-    return rows + (cover({**axes, "tokens": [0]}, limits, max(1, strength - 1)) if 0 in axes["tokens"] else [])
+    rows = cover({**axes, "tokens": tokens}, limits, strength, base) if tokens else []
+    return rows + (cover({**axes, "tokens": [0]}, limits, max(1, strength - 1), base) if 0 in axes["tokens"] else [])
 
 
 def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength: int) -> tuple[int, int]:

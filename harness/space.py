@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from harness.backends.base import Backend
-from harness.case import FILLS, LIMITS, SKEWS, Case, Limit
+from harness.case import LIMITS, OPS, SKEWS, Case, Limit, limits_of
 from reference.routing import RULES
 
 Value = int | str
@@ -68,8 +68,10 @@ def moved(case: Case, axis: str, value: Value) -> Case:
 def below(case: Case, backend: Backend) -> Space:
     """Everything a failing case can be shrunk to: sizes up to its own, the names that the backend takes, the seed 0."""
     largest = {name: max(1, int(case.axes[name])) for name in SIZES}
-    names = {"routing": backend.routings or tuple(RULES), "activation": backend.activations, "fill": FILLS, "skew": SKEWS}
-    return _space(largest, names, sorted({0, case.seed}), (*LIMITS, *backend.limits))
+    op, rules = OPS[case.op], backend.routings or tuple(RULES)
+    names = {"routing": rules, "activation": backend.activations, "fill": op.fills, "skew": SKEWS}
+    names = {name: values if name in op.axes else (str(case.axes[name]),) for name, values in names.items()}
+    return _space(largest, names, sorted({0, case.seed}), (*limits_of(case.op), *backend.limits))
 
 
 def within(axes: Mapping[str, Sequence[Value]], limits: Sequence[Limit]) -> Space:

@@ -16,10 +16,10 @@ from harness.compare import compare
 from harness.guard import Violation, armed
 from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
+from harness.op_answers import promised
 from harness.oracle import Expected, expect
 from harness.variants import copied, judged_on, other_tokens
 from harness.verdict import Finding
-from reference.formats import get
 
 T = TypeVar("T")
 
@@ -111,11 +111,10 @@ def synchronised(call: Callable[[], object], device: Device) -> object:
 
 
 def malformed(case: Case, output: object, device: Device) -> Finding | None:
-    """The output must be a tensor [tokens, hidden] of the recipe's out dtype on the case's device."""
+    """The output must be a tensor of the shape and dtype that `promised` says on the case's device."""
     if not isinstance(output, Tensor):
         return Finding("output_type", f"returned {type(output).__name__}, wanted a tensor")
-    wanted = get(case.recipe.out).torch_dtype
-    shape = (case.shape.tokens, case.shape.hidden)
+    shape, wanted = promised(case)
     if tuple(output.shape) != shape:
         return Finding("output_shape", f"returned shape {tuple(output.shape)}, wanted {shape}")
     if output.dtype != wanted:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from harness.backends.base import Backend, always
-from harness.case import AXES, Recipe
+from harness.case import AXES, OPS, Recipe
 from harness.errors import MoecheckError, PluginError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
@@ -106,6 +106,8 @@ def _declared(origin: str, module: ModuleType) -> tuple[Backend, ...]:
 def _check_names(origin: str, backend: Backend) -> None:
     """What a backend says it takes must exist: a typo would silently plan nothing."""
     try:
+        if backend.op not in OPS:
+            raise UnknownName("op", backend.op, OPS)
         for recipe in backend.recipes:
             Recipe.parse(recipe)
         for kind, given, known in (
@@ -120,5 +122,5 @@ def _check_names(origin: str, backend: Backend) -> None:
         raise PluginError(f"{origin}: backend {backend.name}: {error}") from error
     if not re.fullmatch(r"[A-Za-z]\w*", backend.name, re.ASCII):
         raise PluginError(f"{origin}: backend name {backend.name!r} must be letters, digits and _: it is typed in commands")
-    if not backend.recipes or not backend.activations:
+    if not backend.recipes or ("activation" in OPS[backend.op].axes and not backend.activations):
         raise PluginError(f"{origin}: backend {backend.name}: takes no recipe or no activation; it could never run")

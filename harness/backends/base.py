@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from harness.case import Case, Limit
+from harness.case import OPS, Case, Limit
 from harness.errors import PluginError
 from harness.guard import Argument
 from reference.rounding import Rounding
@@ -79,6 +79,8 @@ def always(device: Device) -> Support:
 class Backend:
     """A subject under test.
 
+    op: the kind of question it answers (`harness.case.OPS`); axes that the op does not have are not looked at. What a call of
+    the other ops returns is said in harness/op_answers.py.
     name: unique; library: the distribution whose version is recorded; deterministic: the same call twice gives the same
     bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
     kernel that is handed top-k ids and weights. rounding(case): where it rounds, None where that is not known. probe(device):
@@ -115,19 +117,22 @@ class Backend:
     twinned: bool = False
     recorded: Callable[[str], Inputs] | None = None
     script: Callable[[Case], str] | None = None
+    op: str = "moe"
 
     def supports(self, case: Case, device: Device) -> Support:
         """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""
         if self.archs and device.arch not in self.archs:
             return Support.no("arch", f"needs {' or '.join(self.archs)}; this is {device.arch}")
+        if case.op != self.op:
+            return Support.no("case", f"op {case.op}: takes {self.op}")
         for what, given, known in (
             ("recipe", str(case.recipe), self.recipes),
             ("activation", case.activation, self.activations),
             ("routing", case.routing, self.routings or (case.routing,)),
-            ("activation format", case.activation_format, (self.activation_format,)),
+            ("activation_format", case.activation_format, (self.activation_format,)),
         ):
-            if given not in known:
-                return Support.no("case", f"{what} {given}: takes {', '.join(known)}")
+            if what in OPS[self.op].axes and given not in known:
+                return Support.no("case", f"{what.replace('_', ' ')} {given}: takes {', '.join(known)}")
         reason = next((text for limit in self.limits if (text := limit.refuses(case))), None)
         return YES if reason is None else Support.no("case", reason)
 

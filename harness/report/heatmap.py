@@ -74,7 +74,7 @@ def picture(expected: Expected, got: Tensor, comparison: Comparison, title: str)
 
 def z_of(expected: Expected, got: Tensor) -> Tensor:
     """|got - expected| / sigma as float32 [tokens, hidden]; inf where not finite, UNJUDGED in ambiguous rows."""
-    actual = got.double()
+    actual = expected.read(got).double()
     error = (actual - expected.value).abs()
     z = torch.where(error == 0, 0.0, error / expected.sigma).clamp(max=torch.finfo(torch.float32).max)
     z = torch.where(actual.isfinite(), z, torch.inf)

@@ -45,7 +45,13 @@ print(json.dumps(shown))
 """
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+ARCHS = {platform.arch for platform in PLATFORMS}
+ELSEWHERE = {
+    name for name, b in BACKENDS.items() if b.twinned and not ARCHS & set(b.archs)
+}  # here only their twins are planned
+
+
+@pytest.fixture(params=sorted(BACKENDS.keys() - ELSEWHERE))
 def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
@@ -61,7 +67,13 @@ def planned(platform: str, name: str) -> tuple[Case, ...]:
 def platforms(backend: Backend) -> list[str]:
     """The platforms a backend is planned on: those it says it runs on, where its recipes and probe allow it."""
     mine = [p for p in PLATFORMS if not backend.archs or p.arch in backend.archs]
-    return [p.name for p in mine if any(Recipe.parse(r) in map(Recipe.parse, backend.recipes) for r in p.axes.recipe or ())]
+    known = set(map(Recipe.parse, backend.recipes))
+    return [p.name for p in mine if any(Recipe.parse(r) in known for r in levels(p, backend.op, "recipe"))]
+
+
+def levels(platform: config.Platform, op: str, axis: str) -> tuple[str, ...]:
+    """What a platform plans of an op on an axis of names."""
+    return (op in platform.ops and getattr(platform.ops[op], axis)) or getattr(platform.axes, axis) or ()
 
 
 def test_it_declares_names_that_exist(backend: Backend) -> None:
@@ -93,18 +105,19 @@ def test_it_says_where_it_rounds_for_every_planned_case(backend: Backend) -> Non
 def test_its_plan_uses_everything_it_declares(backend: Backend) -> None:
     """A recipe, activation or rule that no platform plans is a claim that nobody checks."""
     cases = [case for name in platforms(backend) for case in planned(name, backend.name)]
-    assert {str(case.recipe) for case in cases} >= offered("recipe") & set(backend.recipes)
-    assert {case.activation for case in cases} >= smoke_activations() & set(backend.activations)
-    assert {case.routing for case in cases} >= offered("routing") & set(backend.routings)
+    assert {str(case.recipe) for case in cases} >= offered("recipe", backend.op) & set(backend.recipes)
+    assert {case.activation for case in cases} >= smoke_activations(backend.op) & set(backend.activations)
+    assert {case.routing for case in cases} >= offered("routing", backend.op) & set(backend.routings)
 
 
-def offered(axis: str) -> set[str]:
-    return {value for p in PLATFORMS for value in getattr(p.axes, axis) or ()}
+def offered(axis: str, op: str) -> set[str]:
+    return {value for p in PLATFORMS for value in levels(p, op, axis)}
 
 
-def smoke_activations() -> set[str]:
+def smoke_activations(op: str) -> set[str]:
     tier = config.tier("smoke")
-    return {value for axes in tier.platforms.values() for value in axes.activation or ()}
+    named = tier.platforms.values() if op == "moe" else [tier.ops[op]]
+    return {value for axes in named for value in axes.activation or ()}
 
 
 def test_its_probe_answers(backend: Backend) -> None:
@@ -118,7 +131,7 @@ def test_what_it_does_not_list_is_refused_with_a_reason(backend: Backend, axis: 
     case = planned(platforms(backend)[0], backend.name)[0]
     device = plan.device_named(config.platform(platforms(backend)[0]))
     lists = {"recipe": backend.recipes, "activation": backend.activations, "routing": backend.routings, "arch": backend.archs}
-    known = {"recipe": offered("recipe"), "activation": set(ACTIVATIONS), "routing": set(RULES), "arch": {"sm00"}}
+    known = {"recipe": offered("recipe", backend.op), "activation": set(ACTIVATIONS), "routing": set(RULES), "arch": {"sm00"}}
     for other in sorted(known[axis] - set(lists[axis])) if lists[axis] else ():
         on = replace(device, arch=other) if axis == "arch" else device
         support = backend.supports(case if axis == "arch" else case.vary(**{axis: other}), on)
