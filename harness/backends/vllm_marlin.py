@@ -49,6 +49,7 @@ KINDS = {
     "mxint4": Kind("uint4b8", 4, 32),
     "fp8_channel": Kind("float8_e4m3fn", 8, -1),
 }
+KNOWN = tuple(_vllm.ACTIVATIONS)
 INTEGERS = ("int4_g32", "int4_g64", "int4_g128", "mxint4")
 
 
@@ -235,13 +236,13 @@ _LIMITS = (
 )
 
 
-def _backend(name: str, recipes: tuple[str, ...], summary: str) -> Backend:
+def _backend(name: str, recipes: tuple[str, ...], summary: str, activations: tuple[str, ...] = KNOWN) -> Backend:
     return Backend(
         name=name,
         library="vllm",
         deterministic=True,
         recipes=recipes,
-        activations=tuple(_vllm.ACTIVATIONS),
+        activations=activations,
         archs=("sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
         probe=_vllm.needs(ENTRY, REPACK, PERMUTE, TYPES, _vllm.ACTIVATION),
@@ -261,5 +262,10 @@ BACKENDS = (
         ("int4_g32", "int4_g32-fp16", "int4_g64-fp16", "int4_g128-fp16", "mxint4", "mxint4-fp16"),
         "vLLM Marlin MoE, int4 weights in groups (GPTQ, compressed-tensors, MXINT4)",
     ),
-    _backend("vllm_marlin_fp8", ("fp8_channel",), "vLLM Marlin MoE, FP8 weights per channel times bf16"),
+    _backend(
+        "vllm_marlin_fp8",
+        ("fp8_channel",),
+        "vLLM Marlin MoE, FP8 weights per channel times bf16",
+        tuple(name for name in KNOWN if name not in ("swiglu_oai", "relu2")),  # it is asked exactly only
+    ),
 )
