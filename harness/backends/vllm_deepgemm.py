@@ -44,22 +44,27 @@ def prepare(case: Case, inputs: Inputs, masked: bool = False) -> Launch:
     buffers = {**_vllm.step(inputs), "w13": w13.data.view(torch.float8_e4m3fn), "w2": w2.data.view(torch.float8_e4m3fn)}
     buffers |= {"w13_scales": w13.scales, "w2_scales": w2.scales}
     gemm = masked_gemm(case, buffers) if masked else contiguous_gemm(buffers)
-    return Launch(lambda: layer(case, buffers, gemm, masked), buffers, contract=_vllm.contract(case))
+    return Launch(layer(case, buffers, gemm, masked), buffers, contract=_vllm.contract(case))
 
 
 Gemm = Callable[[Tensor, Tensor, str, Places], Tensor]
 
 
-def layer(case: Case, b: dict[str, Tensor], gemm: Gemm, masked: bool) -> Tensor:
+def layer(case: Case, b: dict[str, Tensor], gemm: Gemm, masked: bool) -> Callable[[], Tensor]:
     """Quantise, spread, GEMM, activate, quantise, GEMM, weighted sum."""
-    shape, quantise = case.shape, _vllm.library(QUANTISE)
-    places = in_slabs(b["ids"], shape.experts, shape.tokens) if masked else in_blocks(b["ids"], shape.experts, BLOCK_M)
-    x, scale = quantise(b["x"].contiguous(), GROUP, use_ue8m0=False)
-    pre = gemm(places.spread(x), places.spread(scale), "w13", places)
-    middle = pre.new_empty((len(pre), shape.inter))
-    _vllm.library(ACTIVATE)(_vllm.activation(case), middle, pre)
-    narrow, scale = quantise(middle, GROUP, use_ue8m0=False)
-    return places.gathered(gemm(narrow, scale, "w2", places), b["topk_weights"])
+    shape, quantise, activate = case.shape, _vllm.library(QUANTISE), _vllm.library(ACTIVATE)
+    activation = _vllm.activation(case)
+
+    def call() -> Tensor:
+        places = in_slabs(b["ids"], shape.experts, shape.tokens) if masked else in_blocks(b["ids"], shape.experts, BLOCK_M)
+        x, scale = quantise(b["x"].contiguous(), GROUP, use_ue8m0=False)
+        pre = gemm(places.spread(x), places.spread(scale), "w13", places)
+        middle = pre.new_empty((len(pre), shape.inter))
+        activate(activation, middle, pre)
+        narrow, scale = quantise(middle, GROUP, use_ue8m0=False)
+        return places.gathered(gemm(narrow, scale, "w2", places), b["topk_weights"])
+
+    return call
 
 
 def contiguous_gemm(b: dict[str, Tensor]) -> Gemm:
