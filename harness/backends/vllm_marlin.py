@@ -205,6 +205,39 @@ def _call(case: Case, b: dict[str, Tensor], kind: Kind) -> Callable[[], Tensor]:
     return call
 
 
+SCRIPT = """\
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+from vllm.scalar_type import scalar_types
+
+
+def call(b):
+    return fused_marlin_moe(
+        b["x"],
+        b["w13"],
+        b["w2"],
+        None,
+        None,
+        b["w13_scales"],
+        b["w2_scales"],
+        b["topk_weights"],
+        b["ids"],
+        quant_type_id=scalar_types.{scalar}.id,
+        global_num_experts={experts},
+        activation=MoEActivation.{activation},
+        expert_map=b.get("expert_map"),
+        global_scale1=b.get("w13_global"),
+        global_scale2=b.get("w2_global"),
+    )
+"""
+
+
+def script(case: Case) -> str:
+    """The call as text, on buffers that are repacked already."""
+    scalar, activation = KINDS[case.recipe.weights].scalar, _vllm.ACTIVATIONS[case.activation]
+    return SCRIPT.format(scalar=scalar, experts=case.shape.experts, activation=activation)
+
+
 def tiles(case: Case) -> str | None:
     """Whole thread tiles of hidden, which is never padded: prepare_nvfp4_moe_layer_.., check_moe_marlin_supports_layer."""
     least = NARROW if case.recipe.weights in ("nvfp4", "mxfp4") else WIDE
@@ -248,6 +281,7 @@ def _backend(name: str, recipes: tuple[str, ...], summary: str, activations: tup
         probe=_vllm.needs(ENTRY, REPACK, PERMUTE, TYPES, _vllm.ACTIVATION),
         limits=_LIMITS,
         prepare=prepare,
+        script=script,
         expert_parallel=True,
         entries=(ENTRY, REPACK, PERMUTE),
         summary=summary,
