@@ -43,10 +43,12 @@ def rounding(case: Case) -> Rounding:
 
 @dataclass(frozen=True)
 class Layer:
-    """The two calls of the kernel on one set of buffers. options: what the kernel is told about quantisation, by name."""
+    """The two calls of the kernel on one set of buffers. library: what it calls, by dotted name; block: of FP8 in blocks of
+    128; per_token: whether activations have a scale a row."""
 
     case: Case
     b: dict[str, Tensor]
+    library: dict[str, Any]
     block: list[int] | None
     per_token: bool
 
@@ -60,7 +62,7 @@ class Layer:
             scale = places.spread(scale.contiguous()).view(shape.experts, shape.tokens, -1)
         pre = self.gemm(rows, scale, "w13", places.counts)
         middle = pre.new_empty((len(places.owner), shape.inter))
-        _vllm.library(ACTIVATE)(_vllm.activation(self.case), middle, pre.view(len(places.owner), -1))
+        self.library[ACTIVATE](self.library[_vllm.ACTIVATION], middle, pre.view(len(places.owner), -1))
         narrow, scale = self.quantised(middle, b.get("a2_scale"))
         if scale is not None and scale.numel() > 1:
             scale = scale.view(shape.experts, shape.tokens, -1)
@@ -70,21 +72,20 @@ class Layer:
     def quantised(self, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [rows, columns] as the kernel reads it, and its scales."""
         kind = torch.float8_e4m3fn if self.case.recipe.acts.startswith("fp8") else None
-        found: tuple[Tensor, Tensor | None] = _vllm.library(QUANTISE)(x, scale, kind, self.per_token, self.block)
+        found: tuple[Tensor, Tensor | None] = self.library[QUANTISE](x, scale, kind, self.per_token, self.block)
         return found
 
     def gemm(self, rows: Tensor, scale: Tensor | None, name: str, counts: Tensor) -> Tensor:
         """[experts, rows, columns] of the live rows; the others keep what memory held."""
         weights, dtype = self.b[name], _vllm.carrier(self.case)
         out = rows.new_empty((*rows.shape[:2], weights.shape[1]), dtype=dtype)
-        kernel: Any = _vllm.library(ENTRY)
         quantised = scale is not None
-        kernel(
+        self.library[ENTRY](
             A=rows,
             B=weights,
             C=out,
             expert_num_tokens=counts,
-            compute_type=_vllm.library(COMPUTE[dtype]),
+            compute_type=self.library[COMPUTE[dtype]],
             A_scale=scale,
             B_scale=self.b.get(f"{name}_scales"),
             B_zp=None,
@@ -100,7 +101,7 @@ class Layer:
     def tiles(self) -> dict[str, int]:
         """The library's own choice for these shapes."""
         shape, dtype = self.case.shape, "fp8_w8a8" if self.case.recipe.acts.startswith("fp8") else None
-        chosen: dict[str, int] = _vllm.library(TILES)(
+        chosen: dict[str, int] = self.library[TILES](
             self.b["w13"].shape, self.b["w2"].shape, shape.top_k, dtype, shape.tokens, block_shape=self.block
         )
         return chosen
@@ -121,7 +122,9 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         buffers["w13_scales"] = _vllm.ordered(case, scales) if per_token else scales
         buffers |= {"w2_scales": scheme.scales(w2), **_vllm.static_scales(inputs)}
     buffers |= {"w13": first, "w2": second}
-    call: Callable[[], Tensor] = Layer(case, buffers, block, per_token)
+    library = {name: _vllm.library(name) for name in (ENTRY, TILES, QUANTISE, ACTIVATE, COMPUTE[_vllm.carrier(case)])}
+    library[_vllm.ACTIVATION] = _vllm.activation(case)
+    call: Callable[[], Tensor] = Layer(case, buffers, library, block, per_token)
     return Launch(call, buffers, contract=_vllm.contract(case))
 
 

@@ -20,7 +20,8 @@ CONTIGUOUS, MASKED = f"{MODULE}.m_grouped_fp8_gemm_nt_contiguous", f"{MODULE}.m_
 QUANTISE = f"{_vllm.QUANT_UTILS}.fp8_utils.per_token_group_quant_fp8"
 ACTIVATE = f"{_vllm.FUSED_MOE}.activation.apply_moe_activation"
 GROUP = 128
-BLOCK_M = 128  # rows: get_mk_alignment_for_contiguous_layout() on SM90
+BLOCK_M = 128  # rows: get_mk_alignment_for_contiguous_layout() on SM90. A tile that ends beyond a slab writes into the next
+# expert's (scheduler.cuh: masked "must be aligned"); slabs of 33 or 63 rows gave NaN and other bits each time on an H200
 
 
 def rounding(case: Case) -> Rounding:
@@ -44,22 +45,27 @@ def prepare(case: Case, inputs: Inputs, masked: bool = False) -> Launch:
     buffers = {**_vllm.step(inputs), "w13": w13.data.view(torch.float8_e4m3fn), "w2": w2.data.view(torch.float8_e4m3fn)}
     buffers |= {"w13_scales": w13.scales, "w2_scales": w2.scales}
     gemm = masked_gemm(case, buffers) if masked else contiguous_gemm(buffers)
-    return Launch(lambda: layer(case, buffers, gemm, masked), buffers, contract=_vllm.contract(case))
+    return Launch(layer(case, buffers, gemm, masked), buffers, contract=_vllm.contract(case))
 
 
 Gemm = Callable[[Tensor, Tensor, str, Places], Tensor]
 
 
-def layer(case: Case, b: dict[str, Tensor], gemm: Gemm, masked: bool) -> Tensor:
+def layer(case: Case, b: dict[str, Tensor], gemm: Gemm, masked: bool) -> Callable[[], Tensor]:
     """Quantise, spread, GEMM, activate, quantise, GEMM, weighted sum."""
-    shape, quantise = case.shape, _vllm.library(QUANTISE)
-    places = in_slabs(b["ids"], shape.experts, shape.tokens) if masked else in_blocks(b["ids"], shape.experts, BLOCK_M)
-    x, scale = quantise(b["x"].contiguous(), GROUP, use_ue8m0=False)
-    pre = gemm(places.spread(x), places.spread(scale), "w13", places)
-    middle = pre.new_empty((len(pre), shape.inter))
-    _vllm.library(ACTIVATE)(_vllm.activation(case), middle, pre)
-    narrow, scale = quantise(middle, GROUP, use_ue8m0=False)
-    return places.gathered(gemm(narrow, scale, "w2", places), b["topk_weights"])
+    shape, quantise, activate = case.shape, _vllm.library(QUANTISE), _vllm.library(ACTIVATE)
+    activation = _vllm.activation(case)
+
+    def call() -> Tensor:
+        places = in_slabs(b["ids"], shape.experts, slab(case)) if masked else in_blocks(b["ids"], shape.experts, BLOCK_M)
+        x, scale = quantise(b["x"].contiguous(), GROUP, use_ue8m0=False)
+        pre = gemm(places.spread(x), places.spread(scale), "w13", places)
+        middle = pre.new_empty((len(pre), shape.inter))
+        activate(activation, middle, pre)
+        narrow, scale = quantise(middle, GROUP, use_ue8m0=False)
+        return places.gathered(gemm(narrow, scale, "w2", places), b["topk_weights"])
+
+    return call
 
 
 def contiguous_gemm(b: dict[str, Tensor]) -> Gemm:
@@ -75,14 +81,19 @@ def contiguous_gemm(b: dict[str, Tensor]) -> Gemm:
     return gemm
 
 
+def slab(case: Case) -> int:
+    """Rows of an expert's slab: room for every token, in whole tiles."""
+    return -(-case.shape.tokens // BLOCK_M) * BLOCK_M
+
+
 def masked_gemm(case: Case, b: dict[str, Tensor]) -> Gemm:
-    """The same on [experts, tokens, K] with the count of live rows; the expected count only steers the tile choice."""
+    """The same on slabs [experts, rows, K] with the count of live rows; the expected count only steers the tile choice."""
     kernel, shape = _vllm.library(MASKED), case.shape
     expected = max(1, shape.tokens * shape.top_k // shape.experts)
 
     def gemm(rows: Tensor, scale: Tensor, name: str, places: Places) -> Tensor:
-        weights, slabs = b[name], (shape.experts, shape.tokens, -1)
-        out = rows.new_empty((shape.experts, shape.tokens, weights.shape[1]), dtype=torch.bfloat16)
+        weights, slabs = b[name], (shape.experts, slab(case), -1)
+        out = rows.new_empty((shape.experts, slab(case), weights.shape[1]), dtype=torch.bfloat16)
         kernel(
             (rows.view(slabs), scale.view(slabs)),
             (weights, b[f"{name}_scales"]),

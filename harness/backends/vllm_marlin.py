@@ -49,6 +49,7 @@ KINDS = {
     "mxint4": Kind("uint4b8", 4, 32),
     "fp8_channel": Kind("float8_e4m3fn", 8, -1),
 }
+KNOWN = tuple(_vllm.ACTIVATIONS)
 INTEGERS = ("int4_g32", "int4_g64", "int4_g128", "mxint4")
 
 
@@ -204,6 +205,39 @@ def _call(case: Case, b: dict[str, Tensor], kind: Kind) -> Callable[[], Tensor]:
     return call
 
 
+SCRIPT = """\
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+from vllm.scalar_type import scalar_types
+
+
+def call(b):
+    return fused_marlin_moe(
+        b["x"],
+        b["w13"],
+        b["w2"],
+        None,
+        None,
+        b["w13_scales"],
+        b["w2_scales"],
+        b["topk_weights"],
+        b["ids"],
+        quant_type_id=scalar_types.{scalar}.id,
+        global_num_experts={experts},
+        activation=MoEActivation.{activation},
+        expert_map=b.get("expert_map"),
+        global_scale1=b.get("w13_global"),
+        global_scale2=b.get("w2_global"),
+    )
+"""
+
+
+def script(case: Case) -> str:
+    """The call as text, on buffers that are repacked already."""
+    scalar, activation = KINDS[case.recipe.weights].scalar, _vllm.ACTIVATIONS[case.activation]
+    return SCRIPT.format(scalar=scalar, experts=case.shape.experts, activation=activation)
+
+
 def tiles(case: Case) -> str | None:
     """Whole thread tiles of hidden, which is never padded: prepare_nvfp4_moe_layer_.., check_moe_marlin_supports_layer."""
     least = NARROW if case.recipe.weights in ("nvfp4", "mxfp4") else WIDE
@@ -235,18 +269,19 @@ _LIMITS = (
 )
 
 
-def _backend(name: str, recipes: tuple[str, ...], summary: str) -> Backend:
+def _backend(name: str, recipes: tuple[str, ...], summary: str, activations: tuple[str, ...] = KNOWN) -> Backend:
     return Backend(
         name=name,
         library="vllm",
         deterministic=True,
         recipes=recipes,
-        activations=tuple(_vllm.ACTIVATIONS),
+        activations=activations,
         archs=("sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
         probe=_vllm.needs(ENTRY, REPACK, PERMUTE, TYPES, _vllm.ACTIVATION),
         limits=_LIMITS,
         prepare=prepare,
+        script=script,
         expert_parallel=True,
         entries=(ENTRY, REPACK, PERMUTE),
         summary=summary,
@@ -261,5 +296,10 @@ BACKENDS = (
         ("int4_g32", "int4_g32-fp16", "int4_g64-fp16", "int4_g128-fp16", "mxint4", "mxint4-fp16"),
         "vLLM Marlin MoE, int4 weights in groups (GPTQ, compressed-tensors, MXINT4)",
     ),
-    _backend("vllm_marlin_fp8", ("fp8_channel",), "vLLM Marlin MoE, FP8 weights per channel times bf16"),
+    _backend(
+        "vllm_marlin_fp8",
+        ("fp8_channel",),
+        "vLLM Marlin MoE, FP8 weights per channel times bf16",
+        tuple(name for name in KNOWN if name not in ("swiglu_oai", "relu2")),  # it is asked exactly only
+    ),
 )

@@ -100,6 +100,41 @@ def _scales(case: Case, scheme: Scheme, w13: Stack) -> Tensor:
     return scales if scales.dim() == 1 or "block_shape" in scheme.options else _vllm.ordered(case, scales).contiguous()
 
 
+SCRIPT = """\
+from vllm.model_executor.layers.fused_moe import config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+
+def call(b):
+    quant = {quant}
+    return fused_experts(
+        b["x"],
+        b["w13"],
+        b["w2"],
+        b["topk_weights"],
+        b["ids"],
+        activation=MoEActivation.{activation},
+        global_num_experts={experts},
+        expert_map=b.get("expert_map"),
+        quant_config=quant,
+    )
+"""
+
+
+def script(case: Case) -> str:
+    """The call as text."""
+    scheme, quant = (FP8 | INT8).get(str(case.recipe)), "None"
+    if scheme is not None:
+        options = "".join(f", {name}={value!r}" for name, value in scheme.options.items())
+        static = ', a1_scale=b.get("a1_scale"), a2_scale=b.get("a2_scale")' if case.recipe.acts != case.recipe.carrier else ""
+        quant = f'config.{scheme.config}(b["w13_scales"], b["w2_scales"]{static}{options})'
+    elif str(case.recipe) in WNA16:
+        options = f"block_shape=[0, {group_of(case)}]"
+        quant = f'config.int4_w4a16_moe_quant_config(b["w13_scales"], b["w2_scales"], {options})'
+    return SCRIPT.format(quant=quant, activation=_vllm.ACTIVATIONS[case.activation], experts=case.shape.experts)
+
+
 def whole_groups(case: Case) -> str | None:
     """moe_wna16.py of vLLM refuses a group that straddles the end of a row."""
     group = group_of(case)
@@ -133,6 +168,7 @@ def _backend(name: str, recipes: tuple[str, ...], summary: str, limits: tuple[Li
         probe=_vllm.needs(ENTRY, _vllm.ACTIVATION),
         limits=(_vllm.SOME_TOKENS, *limits),
         prepare=prepare,
+        script=script,
         expert_parallel=True,
         entries=(ENTRY,),
         summary=summary,

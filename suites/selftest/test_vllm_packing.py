@@ -1,0 +1,185 @@
+"""The vLLM backends' packing where no vLLM is: its helpers are replaced by the layouts that witness them, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.backends import discover
+from harness.backends._packing import pack
+from harness.backends._slabs import Places, in_blocks, in_slabs
+from harness.backends._vllm import expert_map, ordered
+from harness.backends.base import Device, Launch
+from harness.backends.vllm_marlin import FP4, FP8_BIAS, KINDS, PERMUTE, REPACK, TYPES, lifted
+from harness.case import Case
+from harness.entry import planting
+from harness.inputs import Inputs, make_inputs
+from harness.variants import shards
+from reference.activation import split_halves
+from reference.formats import get
+from reference.layouts import get as layout
+from reference.layouts.linear import unpack_nibbles
+
+CASE = "moe.{recipe}.t3.h{hidden}.i{inter}.e4.k2.renormalize.{activation}.standard.{fill}.s1"
+
+
+class Any:
+    """An enum or a module of constants, whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+
+def repack(b_q_weight: Tensor, perm: Tensor, size_k: int, size_n: int, num_bits: int, is_a_8bit: bool) -> Tensor:
+    codes = b_q_weight.T.contiguous().view(torch.uint8)
+    assert codes.shape == (size_n, size_k * num_bits // 8)
+    return layout("marlin_weight_a16").pack(codes).view(torch.int32)
+
+
+def permute(s: Tensor, size_k: int, size_n: int, group_size: int) -> Tensor:
+    assert s.shape == (size_k // group_size, size_n)
+    return layout("marlin_scale_grouped" if group_size < size_k else "marlin_scale_single").pack(s.T.contiguous())
+
+
+HELPERS = {
+    REPACK: repack,
+    PERMUTE: permute,
+    TYPES: Any(),
+    FP8_BIAS: lambda s: s,
+    f"{FP4}._nvfp4_compute_scale_factor": lambda scales, dtype: 2.0,
+    f"{FP4}.nvfp4_marlin_process_scales": lambda s, scale_factor, a_dtype: (s * scale_factor, scale_factor),
+    f"{FP4}.mxfp4_marlin_process_scales": lambda s: s,
+    f"{FP4}.nvfp4_marlin_process_global_scale": lambda scale, dtype: scale,
+    "vllm.model_executor.layers.fused_moe.activation.MoEActivation": Any(),
+    "vllm.model_executor.layers.fused_moe.experts.marlin_moe.fused_marlin_moe": lambda *a, **k: None,
+}
+
+
+@pytest.fixture(autouse=True)
+def helpers() -> Iterator[None]:
+    with planting(HELPERS):
+        yield
+
+
+def prepared(name: str, case: Case) -> tuple[Launch, Inputs]:
+    inputs = make_inputs(case)
+    return discover()[name].prepare(case, inputs), inputs
+
+
+def read_back(case: Case, b: dict[str, Tensor], name: str, expert: int) -> Tensor:
+    """float64 [N, K]: what Marlin multiplies by, padding included."""
+    weights, kind = case.recipe.weights, KINDS[case.recipe.weights]
+    columns = b[name].shape[1] * 16
+    scales = b[f"{name}_scales"][expert]
+    codes = unpack_nibbles(
+        layout("marlin_weight_a16").unpack(b[name][expert].view(torch.uint8), (scales.shape[1], columns // 2))
+    )
+    how = "marlin_scale_grouped" if kind.group < columns else "marlin_scale_single"
+    factors = layout(how).unpack(scales, (scales.shape[1], columns // kind.group)).double()
+    values = get(weights).element.decode(codes) if "fp4" in weights else codes.double() - 8
+    one = b[f"{name}_global"][expert].double() if weights == "nvfp4" else 1.0
+    return values * factors.repeat_interleave(kind.group, 1) * one
+
+
+CASES = [
+    ("vllm_marlin_nvfp4", "nvfp4", 128, 96, "swiglu", "real"),
+    ("vllm_marlin_nvfp4", "nvfp4", 192, 96, "swiglu_oai", "real"),
+    ("vllm_marlin_nvfp4", "nvfp4", 128, 64, "silu", "exact"),
+    ("vllm_marlin_mxfp4", "mxfp4", 128, 96, "silu", "real"),
+    ("vllm_marlin_mxfp4", "mxfp4", 192, 32, "swiglu", "exact"),
+    ("vllm_marlin_int4", "int4_g32-fp16", 128, 96, "swiglu", "real"),
+    ("vllm_marlin_int4", "int4_g128-fp16", 128, 128, "swiglu_oai", "real"),
+    ("vllm_marlin_int4", "mxint4", 256, 64, "geglu", "exact"),
+]
+
+
+@pytest.mark.parametrize(("backend", "recipe", "hidden", "inter", "activation", "fill"), CASES)
+def test_marlin_reads_the_weights_that_were_drawn(
+    backend: str, recipe: str, hidden: int, inter: int, activation: str, fill: str
+) -> None:
+    """A padded half, a pair of nibbles in the wrong order, a factor that was dropped: all give a tensor of the right shape."""
+    case = Case.parse(CASE.format(recipe=recipe, hidden=hidden, inter=inter, activation=activation, fill=fill))
+    launch, inputs = prepared(backend, case)
+    for expert in range(case.shape.experts):
+        down = read_back(case, dict(launch.buffers), "w2", expert)
+        wanted = inputs.down(expert)
+        assert close(down[:, :inter], wanted.format.decode(wanted))
+        assert not down[:, inter:].any()
+        halves = read_back(case, dict(launch.buffers), "w13", expert)
+        gate, up = inputs.gate_up(expert)
+        parts = (halves,) if up is None else split_halves(halves, "interleaved" if "oai" in activation else "gate_up", 0)
+        for part, q in zip(parts, (gate, up), strict=False):
+            assert q is not None
+            assert close(part[:inter], q.format.decode(q))
+            assert not part[inter:].any()
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the one rounding of 1 / global scale to float32."""
+    return torch.allclose(got, wanted, rtol=2.0**-22, atol=0)
+
+
+def test_nvfp4_scales_are_lifted_out_of_the_subnormals_without_a_rounding() -> None:
+    """Marlin flushes E4M3 scales below 2**-6 to 0, after one shift for all experts of a layer: three quarters of them here."""
+    case = Case.parse(CASE.format(recipe="nvfp4", hidden=128, inter=64, activation="swiglu", fill="real")).vary(experts=16)
+    stack = pack(case, make_inputs(case), one_factor=True)[0]
+    assert stack.scales is not None
+    before, after = stack.scales.view(torch.float8_e4m3fn).float(), lifted(stack).scales.view(torch.float8_e4m3fn).float()  # type: ignore[union-attr]
+    assert (before < 2.0**-6).any()
+    assert after.amax((1, 2)).min() >= 224
+    products = [s * stack_.factors[:, :1, None] for s, stack_ in ((before, stack), (after, lifted(stack)))]  # type: ignore[index]
+    assert torch.equal(products[0], products[1])
+
+
+def test_rows_of_halves_alternate_for_swigluoai_only() -> None:
+    rows = torch.arange(2 * 6).view(2, 6, 1)
+    case = Case.parse(CASE.format(recipe="bf16", hidden=64, inter=32, activation="swiglu_oai", fill="real"))
+    assert ordered(case, rows)[0, :, 0].tolist() == [0, 3, 1, 4, 2, 5]
+    assert ordered(case.vary(activation="swiglu"), rows) is rows
+
+
+def test_a_rank_maps_the_experts_it_holds() -> None:
+    case = Case.parse(CASE.format(recipe="bf16", hidden=64, inter=32, activation="swiglu", fill="real"))
+    assert not expert_map(make_inputs(case))
+    rest = next(i for i in shards(make_inputs(case)) if i.local == range(1, 4))
+    assert expert_map(rest)["expert_map"].tolist() == [-1, 0, 1, 2]
+
+
+IDS = torch.tensor([[3, 0], [0, 5], [3, 1], [0, 3], [5, 3]])
+
+
+@pytest.mark.parametrize("places", [in_slabs(IDS, 6, 5), in_blocks(IDS, 6, 4)], ids=["slabs", "blocks"])
+def test_every_slot_has_a_row_of_its_expert_and_comes_back(places: Places) -> None:
+    assert len(set(places.at.tolist())) == IDS.numel()
+    assert torch.equal(places.owner[places.at].long(), IDS.flatten())
+    assert (places.owner >= 0).sum() == IDS.numel()
+    assert places.counts.tolist() == torch.bincount(IDS.flatten(), minlength=6).tolist()
+    x = torch.arange(5 * 3).view(5, 3).to(torch.bfloat16)
+    weights = torch.arange(10.0).view(5, 2)
+    assert torch.equal(places.gathered(places.spread(x), weights), x * weights.sum(1, keepdim=True))
+
+
+def test_blocks_belong_to_one_expert_and_slabs_start_where_they_should() -> None:
+    blocks = in_blocks(IDS, 6, 4)
+    for block in blocks.owner.view(-1, 4):
+        assert len(set(block[block >= 0].tolist())) <= 1
+        assert block[0] >= 0 or not (block >= 0).any()
+    slabs = in_slabs(IDS, 6, 5).owner.view(6, 5)
+    for expert, rows in enumerate(slabs):
+        count = int((expert == IDS).sum())
+        assert rows.tolist() == [expert] * count + [-1] * (5 - count)
+
+
+def test_a_batch_of_the_worst_routing_fits_the_padded_list() -> None:
+    for ids in (torch.arange(6).view(3, 2), torch.zeros(7, 1, dtype=torch.int64), torch.full((5, 1), 5)):
+        places = in_blocks(ids, 6, 4)
+        assert int(places.at.max()) < len(places.owner)
+
+
+def test_a_missing_library_is_named() -> None:
+    support = discover()["vllm_batched"].probe(Device("cuda", "sm90"))
+    assert (support.ok, support.kind) == (False, "library")
+    assert "cannot be imported" in support.reason
