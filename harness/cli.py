@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, cli_audit, cli_bundle, config, plan
+from harness import __version__, cli_audit, cli_bundle, config, plan, plan_cache
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.cli_faults import faults
@@ -136,7 +136,8 @@ def _request(platform: str | None, tier: str | None, *filters: list[str] | None,
 def _plan(request: Request, here: bool = True) -> Plan:
     """Expand the request, on this machine's device or, for `list`, on the one the platform file describes."""
     device = device_of(request.platform) if here else plan.device_named(config.platform(request.platform))
-    return plan.make(request, discover(request.plugins), device)
+    rows = plan_cache.cached(plan_cache.folder(), lambda text: err.print(f"moecheck: {text}", style="yellow", markup=False))
+    return plan.make(request, discover(request.plugins), device, rows=rows)
 
 
 def main() -> NoReturn:
