@@ -59,7 +59,7 @@ def test_a_function_has_several_paths() -> None:
 
 def test_the_padding_of_cdna4_is_not_that_of_cuda() -> None:
     """vllm#38504: 256 and 512 there, 64 and 128 here."""
-    entry = ("triton_kernels.matmul_ogs.matmul_ogs",)
+    entry = ("vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe.triton_kernel_fused_experts",)
     assert padding_of(config.platform("gfx950"), entry, "mxfp4") == "hidden 256, w13 rows 512, inter 256"
     assert padding_of(config.platform("sm90"), entry, "mxfp4") == "hidden 64, w13 rows 128"
 
