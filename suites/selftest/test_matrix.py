@@ -48,7 +48,7 @@ def test_a_backend_takes_the_place_of_its_contract_recipe_by_recipe() -> None:
 
 
 def test_a_recipe_that_the_platform_does_not_plan_is_no_cell() -> None:
-    assert "int8_channel" not in of(cells(SM100, kernel(recipes=("bf16", "int8_channel"))), "kernel")
+    assert "int4_g32_zp" not in of(cells(SM100, kernel(recipes=("bf16", "int4_g32_zp"))), "kernel")
 
 
 def test_a_function_has_several_paths() -> None:
