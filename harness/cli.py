@@ -9,7 +9,6 @@ import io
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, cli_audit, cli_bundle, config, plan
+from harness import __version__, cli_audit, cli_bundle, cli_list, config, plan, plan_cache
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.cli_dump import import_dump
@@ -79,20 +78,23 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
 
 
 @app.command("list")
-def list_(
+def list_(  # noqa: PLR0913 - typer turns parameters into options
     platform: Platform = None,
     tier: TierName = None,
     backend: Backends = None,
     op: Ops = None,
     case: Cases = None,
     plugin: Plugins = None,
+    as_cases: cli_list.AsCases = False,
+    as_json: cli_list.AsJson = False,
 ) -> None:
-    """Print the plan: subject and case id, one per line."""
-    the_plan = _plan(_request(platform, tier, backend, op, case, plugin), here=False)
-    for item in the_plan.items:
-        out.print(f"{item.subject}  {item.case_id}", markup=False)
-    counts = Counter(item.subject for item in the_plan.items)
-    err.print(f"{len(the_plan.items)} cases: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    """Print what runs where on a platform, or the plan: subject and case id, one per line."""
+    if as_cases or any((tier, backend, op, case)):
+        if as_json:
+            raise MoecheckError("--json is of the matrix; the plan is lines already, and plan.json in each run folder")
+        cli_list.cases(_plan(_request(platform, tier, backend, op, case, plugin), here=False), out, err)
+    else:
+        cli_list.show(platform or detected_platform(), plugin or [], as_json, out)
 
 
 app.command()(repro)
@@ -138,7 +140,8 @@ def _request(platform: str | None, tier: str | None, *filters: list[str] | None,
 def _plan(request: Request, here: bool = True) -> Plan:
     """Expand the request, on this machine's device or, for `list`, on the one the platform file describes."""
     device = device_of(request.platform) if here else plan.device_named(config.platform(request.platform))
-    return plan.make(request, discover(request.plugins), device)
+    rows = plan_cache.cached(plan_cache.folder(), lambda text: err.print(f"moecheck: {text}", style="yellow", markup=False))
+    return plan.make(request, discover(request.plugins), device, rows=rows)
 
 
 def main() -> NoReturn:

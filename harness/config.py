@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS, Recipe
-from harness.errors import ConfigError, MoecheckError, UnknownName
+from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS
+from harness.errors import ConfigError, UnknownName
+from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
+from harness.hardware import Strict as Strict  # also what bundles are read with
 from harness.known import KnownIssue
 from harness.reading import MAX_DEPTH, MAX_INTEGER, printable, regular
 from harness.verdict import Status
@@ -31,30 +33,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class Strict(BaseModel):
-    """No key that we do not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _recipe(text: str) -> str:
-    try:
-        return str(Recipe.parse(text))
-    except MoecheckError as error:
-        raise ValueError(str(error)) from error
-
-
-RecipeText = Annotated[str, AfterValidator(_recipe)]
 Tool = Annotated[str, Field(pattern="^(memcheck|racecheck|initcheck|synccheck)$")]
 Size = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
-Source = Annotated[str, Field(min_length=8)]
-
-
-class Sourced(Strict):
-    """A number and where it comes from."""
-
-    value: int = Field(ge=1)
-    source: Source
 
 
 class Sizes(Strict):
@@ -116,32 +96,29 @@ def _ops(ops: dict[str, Axes]) -> dict[str, Axes]:
 OpAxes = Annotated[dict[str, Axes], AfterValidator(_ops)]
 
 
-class ScaleShape(Strict):
-    """The shape of one physical scale buffer: factors like `experts`, `2 * inter`, `hidden / 32`."""
-
-    backend: str
-    recipe: RecipeText
-    buffer: str
-    shape: tuple[int | str, ...]
-    source: Source
-
-
 class Platform(Strict):
-    """One hardware platform: what its kernels pad to, how scales are shaped, which values the axes take; ops: other values
-    for the questions beside the whole layer."""
+    """One hardware platform: which values the axes take, and what harness/hardware.py has models of. padding_alignment: rows
+    of the token tile a backend pads to; top_k: what a backend or an entry point takes; ops: other values for the questions
+    beside the whole layer."""
 
     name: str
     arch: str
     device: str
     axes: Axes
+    like: str = ""
     padding_alignment: dict[str, Sourced]
+    widths: tuple[Widths, ...] = ()
     scale_shapes: tuple[ScaleShape, ...] = ()
-    backends: dict[str, Axes] = {}
-    ops: OpAxes = {}
+    top_k: dict[str, Range] = Field(default_factory=dict)
+    integers: Integers | None = None
+    hazards: tuple[Hazard, ...] = ()
+    contracts: tuple[Contract, ...] = ()
+    backends: dict[str, Axes] = Field(default_factory=dict)
+    ops: OpAxes = Field(default_factory=dict)
 
 
 class Production(Strict):
-    """A layer shape people serve."""
+    """A layer shape people serve. weight_on_input: the routing weight multiplies the expert's input, which no case has yet."""
 
     hidden: int
     inter: int
@@ -149,6 +126,7 @@ class Production(Strict):
     top_k: int
     routing: str
     activation: str
+    weight_on_input: bool = False
     source: Source
 
 
@@ -180,11 +158,11 @@ class Tier(Strict):
     probes: tuple[str, ...] = ()
     replay_runs: int = Field(default=1, ge=0)
     replay_s: float = Field(default=10, ge=0)
-    sanitizer: dict[Tool, Annotated[int, Field(ge=1)]] = {}
+    sanitizer: dict[Tool, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     axes: Axes = Axes()
-    platforms: dict[str, Axes] = {}
-    ops: OpAxes = {}
-    production: dict[str, tuple[ProductionRow, ...]] = {}
+    platforms: dict[str, Axes] = Field(default_factory=dict)
+    ops: OpAxes = Field(default_factory=dict)
+    production: dict[str, tuple[ProductionRow, ...]] = Field(default_factory=dict)
 
     @field_validator("probes")
     @classmethod
@@ -332,8 +310,13 @@ def _named(kind: str, name: str, model: type[Model], root: Path) -> Model:
 
 
 def platform(name: str, root: Path = ROOT) -> Platform:
-    """configs/platforms/NAME.yaml."""
-    return _named("platforms", name, Platform, root)
+    """configs/platforms/NAME.yaml, with what holds on the platform that it is `like` in front."""
+    own = _named("platforms", name, Platform, root)
+    if not own.like:
+        return own
+    base = _named("platforms", own.like, Platform, root)
+    both = {key: getattr(base, key) + getattr(own, key) for key in ("widths", "scale_shapes", "hazards", "contracts")}
+    return own.model_copy(update={**both, "top_k": {**base.top_k, **own.top_k}})
 
 
 def tier(name: str, root: Path = ROOT) -> Tier:

@@ -17,7 +17,7 @@ from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
 from harness.reading import parse_json, printable, regular
-from harness.select import Item, plan_backend, probes
+from harness.select import Cover, Grid, Item, cover, grid_of, plan_backend, probes
 
 NAME = "plan.json"
 SCHEMA = 1
@@ -103,16 +103,18 @@ def _plan(data: dict[str, Any]) -> Plan:
     return plan
 
 
-def make(request: Request, backends: Mapping[str, Backend], device: Device, root: Path = config.ROOT) -> Plan:
+def make(
+    request: Request, backends: Mapping[str, Backend], device: Device, root: Path = config.ROOT, rows: Cover = cover
+) -> Plan:
     """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left. A case given by its id is
-    planned for the backends that take it, or for the named ones whatever they say."""
+    planned for the backends that take it, or for the named ones whatever they say. rows: `cover` or its cached twin."""
     tier = config.tier(request.tier, root)
     chosen = _chosen(request.backends, backends)
     cases = [Case.parse(case) for case in request.cases if "*" not in case]
     named = bool(request.backends)
     items = [Item(c.id, b.name) for c in cases for b in chosen if named or b.supports(c, device).ok]
     if len(cases) < len(request.cases) or not cases:
-        items += _planned(request, chosen, tier, device, root)
+        items += _planned(request, chosen, device, root, rows)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
@@ -145,13 +147,13 @@ def _wanted(item: Item, request: Request) -> bool:
     return not request.cases or any(fnmatchcase(item.case_id, pattern) for pattern in request.cases)
 
 
-def _planned(request: Request, chosen: list[Backend], tier: config.Tier, device: Device, root: Path) -> list[Item]:
+def _planned(request: Request, chosen: list[Backend], device: Device, root: Path, rows: Cover) -> list[Item]:
     """Grouped by case, so that neighbours share inputs and oracle."""
-    platform = config.platform(request.platform, root)
+    platform, tier = config.platform(request.platform, root), config.tier(request.tier, root)
     items = []
     for backend in chosen:
         axes = platform_axes(platform, tier, backend.name, backend.op)
-        cases = plan_backend(axes, backend, device, tier.strength)
+        cases = plan_backend(axes, backend, device, tier.strength, rows)
         if backend.op == "moe":
             cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
         items += [Item(case.id, backend.name) for case in cases]
@@ -172,6 +174,12 @@ def platform_axes(platform: config.Platform, tier: config.Tier, backend: str, op
         tile = platform.padding_alignment[backend].value
         levels["tokens"] = sorted({*levels["tokens"], tile - 1, tile, tile + 1}, key=int)
     return levels
+
+
+def grid(request: Request, backend: Backend, root: Path = config.ROOT) -> Grid | None:
+    """What a backend is planned over when all of it is asked for; None if nothing is left of some axis."""
+    platform, tier = config.platform(request.platform, root), config.tier(request.tier, root)
+    return grid_of(platform_axes(platform, tier, backend.name), backend)
 
 
 def _production(platform: str, tier: config.Tier, backend: Backend, device: Device, root: Path) -> list[Case]:

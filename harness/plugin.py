@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import distributed, plan
+from harness import distributed, plan, plan_cache
 from harness.backends import discover
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
@@ -65,8 +65,14 @@ def _make_session(config: pytest.Config) -> Session:
         soak=option("--soak"),
     )
     _take_device(config, given, request.platform)
-    made = plan.make(request, discover(request.plugins), device_of(request.platform))
+    rows = plan_cache.cached(plan_cache.folder(), lambda text: _say(config, text))
+    made = plan.make(request, discover(request.plugins), device_of(request.platform), rows=rows)
     return Session(made, None)
+
+
+def _say(config: pytest.Config, text: str) -> None:
+    if reporter := config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line(f"moecheck: {text}")
 
 
 def _take_device(config: pytest.Config, given: dict[str, Any] | None, platform: str) -> None:

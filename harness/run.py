@@ -11,10 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness import config, journal, pooled, sanitized
+from harness.backends import discover
+from harness.case import Case
 from harness.errors import MoecheckError
+from harness.executed import Reach, Ways, ran
 from harness.known import Outcome, outcome
 from harness.plan import Plan
-from harness.report import junit
+from harness.plan import grid as grid_of
+from harness.report import coverage, junit, markdown
 from harness.report.table import summary
 from harness.report.text import explain, line
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 SUITES = Path(__file__).resolve().parent.parent / "suites"
 SHOWN_FAILURES = 20
+STRENGTHS = (2, 3)  # pairs and triples: what the tiers promise
 
 
 class Incomplete(Exception):
@@ -94,7 +99,10 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
         return 3
     verdicts = journal.read(folder)
     junit.write(folder / "junit.xml", plan.items, verdicts)
-    _report(verdicts, folder, out)
+    reached = _reached(plan, verdicts)
+    coverage.write(folder / "coverage.json", reached)
+    markdown.write(folder / "summary.md", verdicts, reached)
+    _report(verdicts, reached, folder, out)
     missing = len(plan.items) - len(verdicts)
     if watcher.errors:
         err.print("moecheck itself failed:\n" + watcher.errors[0], markup=False, style="red")
@@ -108,7 +116,19 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     return 1 if red or pooled.alarms(verdicts) else 0
 
 
-def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
+def _reached(plan: Plan, verdicts: list[Verdict]) -> dict[str, list[Ways]]:
+    """Backend -> the pairs and triples of its grid that verdicts of this run really executed."""
+    backends = discover(plan.request.plugins)
+    found = {}
+    for name in sorted({item.subject for item in plan.items} & set(backends)):
+        if grid := grid_of(plan.request, backends[name]):
+            cases = [Case.parse(v.case_id) for v in verdicts if v.subject == name and ran(v)]
+            reach = Reach(grid)
+            found[name] = [reach.ways(cases, strength) for strength in STRENGTHS]
+    return found
+
+
+def _report(verdicts: list[Verdict], reached: dict[str, list[Ways]], folder: Path, out: Console) -> None:
     groups: dict[Outcome, list[Verdict]] = {kind: [v for v in verdicts if outcome(v) is kind] for kind in Outcome}
     if groups[Outcome.KNOWN]:
         out.print("Known issues, failing as described:", style="yellow")
@@ -131,6 +151,7 @@ def _report(verdicts: list[Verdict], folder: Path, out: Console) -> None:
     skips = sorted({(v.subject, v.reason) for v in groups[Outcome.SKIPPED]})
     for subject, reason in skips[:SHOWN_FAILURES]:
         out.print(f"skipped {subject}: {reason}", markup=False)
+    out.print(coverage.text(reached), markup=False)
     red, total = len(groups[Outcome.RED]) + len(groups[Outcome.GONE]), len(verdicts)
     green, known = len(groups[Outcome.GREEN]), len(groups[Outcome.KNOWN])
     out.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,40 +30,67 @@ def template(op: str) -> Case:
     return TEMPLATE if op == "moe" else Case.of({**NEUTRAL, "op": op})
 
 
-def cover(axes: Axes, limits: Iterable[Limit], strength: int, base: Case = TEMPLATE) -> list[dict[str, Any]]:
-    """Rows in which every `strength`-way combination of axis values that `limits` allow occurs at least once.
+@dataclass(frozen=True)
+class Table:
+    """A limit as data: which combinations of the values of its `axes`, those with a choice, it allows."""
 
-    Deterministic. Axes with one value are constants, axes that are not named keep the value of `base`; a limit is checked as
-    soon as its axes are assigned.
+    axes: tuple[str, ...]
+    allowed: frozenset[tuple[int | str, ...]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a backend is planned over: the levels of every axis, the limits on their combinations, and the case whose values
+    stand in for axes that are not named."""
+
+    axes: Axes
+    limits: tuple[Limit, ...]
+    base: Case = TEMPLATE
+
+    def allows(self, row: Mapping[str, Any], limits: Iterable[Limit]) -> bool:
+        """Does none of these limits refuse the case of this row?"""
+        return all(limit.refuses(self.base.vary(**row)) is None for limit in limits)
+
+    def tables(self) -> list[Table]:
+        """The limits that forbid something here, in their order. An axis that a limit does not name keeps its one value or
+        the base's, which the limit does not look at."""
+        fixed = {name: values[0] for name, values in self.axes.items() if len(values) == 1}
+        found = []
+        for limit in self.limits:
+            names = tuple(name for name in limit.axes if len(self.axes.get(name, ())) > 1)
+            keys = list(itertools.product(*(self.axes[name] for name in names)))
+            allowed = frozenset(k for k in keys if self.allows({**fixed, **dict(zip(names, k, strict=True))}, [limit]))
+            if len(allowed) < len(keys):
+                found.append(Table(names, allowed))
+        return found
+
+
+Rows = list[dict[str, Any]]
+Cover = Callable[[Axes, Sequence[Table], int], Rows]
+
+
+def cover(axes: Axes, forbidding: Sequence[Table], strength: int) -> Rows:
+    """Rows in which every `strength`-way combination of axis values that the tables allow occurs at least once.
+
+    Deterministic. Axes with one value are constants; a table is looked at as soon as its axes are assigned.
     """
     fixed = {name: values[0] for name, values in axes.items() if len(values) == 1}
     free = {name: list(values) for name, values in axes.items() if len(values) > 1}
+    if not all(table.allowed for table in forbidding):
+        return []
     if not free:
-        return [fixed] if _allowed(fixed, limits, base) else []
-    constraints = [_constraint(limit, free, fixed, base) for limit in limits]
-    strength = min(strength, len(free))
-    rows = covertable.make(free, strength=strength, constraints=[c for c in constraints if c is not None])
+        return [fixed]
+    rows = covertable.make(free, strength=min(strength, len(free)), constraints=[_constraint(table) for table in forbidding])
     return [{**fixed, **row} for row in rows]
 
 
-def _allowed(row: Mapping[str, Any], limits: Iterable[Limit], base: Case = TEMPLATE) -> bool:
-    return all(limit.refuses(base.vary(**row)) is None for limit in limits)
-
-
-def _constraint(limit: Limit, free: Axes, fixed: Mapping[str, Any], base: Case) -> dict[str, Any] | None:
-    """covertable's form of a limit; every other axis keeps its fixed value or that of `base`, which the limit ignores."""
-    seen = [name for name in limit.axes if name in free]
-    if not seen:
-        return None
-    verdicts: dict[tuple[Any, ...], bool] = {}
-
-    def evaluate(row: Mapping[str, Any]) -> bool:
-        key = tuple(row[name] for name in seen)
-        if key not in verdicts:
-            verdicts[key] = limit.refuses(base.vary(**{**fixed, **dict(zip(seen, key, strict=True))})) is None
-        return verdicts[key]
-
-    return {"operator": "fn", "requires": seen, "evaluate": evaluate}
+def _constraint(table: Table) -> dict[str, Any]:
+    """covertable's form of a table."""
+    return {
+        "operator": "fn",
+        "requires": list(table.axes),
+        "evaluate": lambda row: tuple(row[name] for name in table.axes) in table.allowed,
+    }
 
 
 def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
@@ -78,21 +105,27 @@ def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
     return kept if all(kept.values()) else None
 
 
-def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int) -> list[Case]:
-    """The covering cases of one backend, canonical order, none that it refuses."""
+def grid_of(axes: Axes, backend: Backend) -> Grid | None:
+    """The levels of `axes` that the backend takes one by one, and every limit; None when nothing of some axis is left."""
     mine = narrowed(axes, backend)
-    if mine is None or (backend.archs and device.arch not in backend.archs):
-        return []
-    limits, base = (*limits_of(backend.op), *backend.limits), template(backend.op)
-    single = [limit for limit in limits if len(limit.axes) == 1]
+    if mine is None:
+        return None
+    base = replace(template(backend.op), activation_format=backend.activation_format)
+    grid = Grid(mine, (*limits_of(backend.op), *backend.limits), base)
+    single = [limit for limit in grid.limits if len(limit.axes) == 1]
     mine = {
-        name: [v for v in values if _allowed({name: v}, [x for x in single if x.axes == (name,)], base)]
+        name: [v for v in values if grid.allows({name: v}, (x for x in single if name in x.axes))]
         for name, values in mine.items()
     }
-    if not all(mine.values()):
+    return replace(grid, axes=mine) if all(mine.values()) else None
+
+
+def plan_backend(axes: Axes, backend: Backend, device: Device, strength: int, rows: Cover = cover) -> list[Case]:
+    """The covering cases of one backend, canonical order, none that it refuses. rows: `cover`, or what stands in for it."""
+    grid = grid_of(axes, backend)
+    if grid is None or (backend.archs and device.arch not in backend.archs):
         return []
-    base = replace(base, activation_format=backend.activation_format)
-    cases = [base.vary(**row) for row in _rows(mine, limits, strength, base)]
+    cases = [grid.base.vary(**row) for row in _rows(grid, strength, rows)]
     return sorted({case for case in cases if case.problem() is None and backend.supports(case, device).ok})
 
 
@@ -103,30 +136,10 @@ def probes(cases: Sequence[Case], fills: Sequence[str]) -> list[Case]:
     return [found[0] for options in varied if (found := [case for case in options if case.problem() is None])]
 
 
-def _rows(axes: Axes, limits: Sequence[Limit], strength: int, base: Case) -> list[dict[str, Any]]:
+def _rows(grid: Grid, strength: int, rows: Cover) -> Rows:
     """Batches with tokens, and empty ones apart: a combination that only an empty batch has tests nothing. Both together
     hold every `strength`-way combination, those with 0 tokens included."""
-    tokens = [t for t in axes["tokens"] if t]
-    rows = cover({**axes, "tokens": tokens}, limits, strength, base) if tokens else []
-    return rows + (cover({**axes, "tokens": [0]}, limits, max(1, strength - 1), base) if 0 in axes["tokens"] else [])
-
-
-def coverage(rows: Sequence[Case], axes: Axes, limits: Iterable[Limit], strength: int) -> tuple[int, int]:
-    """(covered, possible) `strength`-way combinations of axis values; possible = allowed by every limit within them.
-
-    Honest about holes: it counts what `rows` contain, whoever made them.
-    """
-    names = sorted(name for name, values in axes.items() if len(values) > 1)
-    limits = tuple(limits)
-    constants = {n: values[0] for n, values in axes.items() if len(values) == 1}
-    seen = {_combination(case.axes, group) for case in rows for group in itertools.combinations(names, strength)}
-    possible = 0
-    for group in itertools.combinations(names, strength):
-        relevant = [limit for limit in limits if set(limit.axes) & set(names) <= set(group)]  # the rest is constant
-        for values in itertools.product(*(axes[name] for name in group)):
-            possible += _allowed({**constants, **dict(zip(group, values, strict=True))}, relevant)
-    return len(seen), possible
-
-
-def _combination(axes: Mapping[str, Any], group: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, axes[name]) for name in group)
+    tokens = grid.axes["tokens"]
+    parts = ([t for t in tokens if t], strength), ([t for t in tokens if not t], max(1, strength - 1))
+    grids = [(replace(grid, axes={**grid.axes, "tokens": some}), ways) for some, ways in parts if some]
+    return [row for part, ways in grids for row in rows(part.axes, part.tables(), ways)]

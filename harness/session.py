@@ -28,7 +28,7 @@ def device_of(platform: str) -> Device:
     if here.arch != wanted.arch:
         raise MoecheckError(
             f"platform {platform} needs a {wanted.arch} device; this machine has {here.arch}. "
-            f"`moecheck list --platform {platform}` shows its plan; --platform {here.arch} runs here"
+            f"`moecheck list --platform {platform}` shows what it can judge; --platform {here.arch} runs here"
         )
     return here
 

@@ -21,6 +21,7 @@ CORE = (
     "errors",
     "evidence",
     "exact",
+    "executed",
     "fills",
     "guard",
     "hashing",

@@ -191,7 +191,7 @@ def test_a_fault_of_ours_is_3_and_shows_its_traceback(moecheck: Call, monkeypatc
         raise RuntimeError("our own bug")
 
     monkeypatch.setattr(cli, "discover", boom)
-    answer = moecheck("list")
+    answer = moecheck("list", "--cases")
     assert answer.code == 3
     assert "our own bug" in answer.err
 

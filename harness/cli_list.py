@@ -1,0 +1,68 @@
+"""moecheck list: what runs where on a platform, or, with --cases or a selection, the plan case by case."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from harness import config
+from harness.backends import discover
+from harness.matrix import Cell, Way, matrix
+from harness.plan import Plan
+
+SCHEMA = 1
+AsJson = Annotated[bool, typer.Option("--json", help="The matrix as JSON.")]
+AsCases = Annotated[bool, typer.Option("--cases", help="The plan, case by case; also with --tier, --backend, --op or --case.")]
+
+
+def cases(plan: Plan, out: Console, err: Console) -> None:
+    """Subject and case id, one per line."""
+    for item in plan.items:
+        out.print(f"{item.subject}  {item.case_id}", markup=False)
+    counts = Counter(item.subject for item in plan.items)
+    err.print(f"{len(plan.items)} cases: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+
+
+def show(platform: str, plugins: list[str], as_json: bool, out: Console) -> None:
+    """The matrix of a platform; no GPU is needed and nothing is run."""
+    loaded = config.platform(platform)
+    found = matrix(loaded, discover(plugins))
+    if as_json:
+        data: dict[str, Any] = {"schema": SCHEMA, "platform": platform, "arch": loaded.arch}
+        data |= {"cells": [_plain(c) for c in found], "hazards": [hazard.model_dump() for hazard in loaded.hazards]}
+        out.print(json.dumps(data, indent=1), markup=False)
+        return
+    out.print(_table(found, f"{platform}: what runs where"))
+    out.print(_counts(found), markup=False)
+
+
+def _plain(cell: Cell) -> dict[str, Any]:
+    return {**asdict(cell), "ways": list(cell.ways), "routings": list(cell.routings)}
+
+
+def _counts(found: list[Cell]) -> str:
+    by_way = {way: [cell for cell in found if way in cell.ways] for way in Way}
+    return ", ".join(
+        f"{len(cells)} cells {way} ({len({c.subject for c in cells})} subjects)" for way, cells in by_way.items() if cells
+    )
+
+
+def _table(found: list[Cell], title: str) -> Table:
+    """One row for each subject and set of equal cells; its recipes in one column."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for heading in ("backend or entry point", "library", "runs", "format", "routing", "padded to multiples of", "recipes"):
+        table.add_column(heading, overflow="fold")
+    rows: dict[tuple[str, str, str, str, str, str], list[str]] = {}
+    for c in found:
+        routing = "top-k ids" if not c.routings else ", ".join(c.routings)
+        key = (c.subject, c.library, " + ".join(c.ways), c.activation_format, routing, c.padding)
+        rows.setdefault(key, []).append(c.recipe)
+    for key, recipes in rows.items():
+        table.add_row(*key, ", ".join(recipes))
+    return table
