@@ -44,6 +44,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
+app.command()(cli_versions.bisect)
 
 
 @app.command()

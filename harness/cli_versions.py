@@ -1,9 +1,11 @@
-"""`moecheck contracts`: what a release of a library promises, and what changed between two."""
+"""`moecheck contracts`: what a release of a library promises, and what changed between two; `moecheck bisect`: since when."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +15,17 @@ from rich.console import Console
 from harness.backends import discover
 from harness.cli_options import Plugins
 from harness.errors import MoecheckError, UnknownName
+from harness.reading import printable
 from harness.versions import store
+from harness.versions.bisect import Command, Contracts, Journal, Question, Result, Run, between
+from harness.versions.bisect import bisect as search
 from harness.versions.contracts import Entry
 from harness.versions.diff import Change, Effect, diff
+from harness.versions.properties import split
+from harness.versions.report import changed_files, report
+from harness.versions.search import EXACT, Answer, Model, Stopped, Test
 
-CLEAN, BROKEN = 0, 1
+CLEAN, BROKEN, NO_ANSWER = 0, 1, 2
 COLOURS = {Effect.BREAKS: "red", Effect.CHECK: "yellow", Effect.HARMLESS: "dim"}
 
 app = typer.Typer(
@@ -92,6 +100,76 @@ def extract(
                 contract = store.read(wheel, package, want)
         path = store.save(contract)
         out.print(f"{path}: {len(contract.entries)} entries of {contract.wheel}", markup=False)
+
+
+def bisect(  # noqa: PLR0913 - typer turns parameters into options
+    package: Package,
+    good: Annotated[str, typer.Option(help="A release that is good.")],
+    bad: Annotated[str, typer.Option(help="A release that is bad; `newest` for the newest stored.")],
+    contract: Annotated[
+        str | None, typer.Option(help="ENTRY[:property] whose change is searched: returns, position.NAME, value.MEMBER, ...")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="Your test: {version} is replaced; exit 0 good, 125 cannot tell, else bad.")
+    ] = None,
+    find_fix: Annotated[bool, typer.Option("--find-fix", help="Also, or with --bad older than --good only: fixed in.")] = False,
+    journal: Annotated[Path | None, typer.Option(help="File that every run is written to, and resumed from.")] = None,
+    files: Annotated[bool, typer.Option("--files", help="Download the two neighbours and list the files that differ.")] = False,
+    limit: Annotated[float, typer.Option(help="Seconds one run of --command may take.", min=0.1)] = 600.0,
+) -> None:
+    """Which release changed it: the contract of an entry point, or what a command of yours finds, flaky or not."""
+    if (contract is None) == (command is None):
+        raise MoecheckError("give either --contract ENTRY[:property] or --command CMD")
+    newest = _version(package, "newest")
+    good, bad = (newest if end == "newest" else end for end in (good, bad))
+    fixed_only = find_fix and store.parsed(bad) < store.parsed(good)
+    asked = contract or command or ""
+    questions = [Question(package, good, bad, asked, fixed_only)]
+    if find_fix and not fixed_only:
+        questions.append(Question(package, newest, bad, asked, True))
+    results = [_ask(q, contract is not None, journal, limit) for q in questions if q.good != q.bad]
+    for result in results:
+        neighbours = _files(result) if files and result.first else ()
+        out.print("\n" + report(result, _rerun(result), neighbours), markup=False)
+    raise typer.Exit(NO_ANSWER if any(isinstance(r.answer, Stopped) for r in results) else CLEAN)
+
+
+def _ask(question: Question, contract: bool, path: Path | None, limit: float) -> Result:
+    """One bisect, told while it goes on."""
+    known = store.releases(question.package)
+    span = between(known, *((question.bad, question.good) if question.fix else (question.good, question.bad)))
+    if path is not None and question.fix:
+        path = path.with_name(f"{path.stem}.fix{path.suffix}")
+    record = None if path is None else Journal(path, question)
+    try:
+        attempt: Contracts | Command
+        if contract:
+            attempt = Contracts(question.package, *split(question.wanted))
+            attempt.ends(span, question.fix)
+        else:
+            seen = next((r.text for r in record.runs if r.answer is Answer.BAD), "") if record else ""
+            attempt = Command(shlex.split(question.wanted), limit, int(seen.removeprefix("exit ")) if seen else None)
+        return search(question, known, attempt, record, _watch, EXACT if contract else Model())
+    finally:
+        if record is not None:
+            record.close()
+
+
+def _watch(run: Run, test: Test) -> None:
+    err.print(f"{run.version:14} {run.answer:11} {run.seconds:7.2f} s  {test.information:.2f} bit  {printable(run.text)[:120]}")
+
+
+def _files(result: Result) -> Sequence[str]:
+    package = result.question.package
+    with store.downloaded(package, str(result.before)) as old, store.downloaded(package, str(result.first)) as new:
+        return changed_files(old, new)
+
+
+def _rerun(result: Result) -> str:
+    q = result.question
+    how = "--command" if " " in q.wanted else "--contract"
+    fix = " --find-fix" if q.fix else ""
+    return f"moecheck bisect {q.package} --good {q.good} --bad {q.bad} {how} {shlex.quote(q.wanted)}{fix}"
 
 
 def _version(package: str, text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from harness.versions.search import Answer, Found, Model, Test, step
+from harness.versions.search import Answer, Found, Model, Tally, Test, step
 
 MAX_RUNS = 20_000
 
@@ -34,15 +34,11 @@ Way = Callable[[int, Bug], tuple[int | None, int]]
 
 def bayesian(n: int, bug: Bug, model: Model | None = None) -> tuple[int | None, int]:
     """(first bad version found, runs) of the search that moecheck uses, which knows neither rate."""
-    log: list[tuple[int, Answer]] = []
-    while len(log) < MAX_RUNS:
-        now = step(n, log, model or Model())
-        if isinstance(now, Found):
-            return now.first_bad, len(log)
-        if not isinstance(now, Test):
-            return None, len(log)
-        log.append((now.version, Answer.BAD if bug.fails_at(now.version) else Answer.GOOD))
-    return None, len(log)
+    seen, runs = Tally(n), 0
+    while runs < MAX_RUNS and isinstance(now := step(seen, model or Model()), Test):
+        seen.add(now.version, Answer.BAD if bug.fails_at(now.version) else Answer.GOOD)
+        runs += 1
+    return (now.first_bad if isinstance(now, Found) else None), runs
 
 
 def repeated(times: int, needed: int) -> Way:

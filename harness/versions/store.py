@@ -90,7 +90,7 @@ def read(wheel: Path, package: str, want: Wanted) -> Contract:
                 raise MoecheckError(f"{wheel}: a wheel of {name}, not of {package}")
             return Contract(package, version, wheel.name, digest.hexdigest(), extract(archive, want))
     except (OSError, zipfile.BadZipFile, KeyError, StopIteration) as error:
-        raise MoecheckError(f"{wheel}: not a readable wheel: {error or 'it has no METADATA'}") from error
+        raise MoecheckError(f"{wheel}: not a readable wheel: {str(error) or 'it has no METADATA'}") from error
 
 
 def _identity(archive: zipfile.ZipFile) -> tuple[str, str]:
