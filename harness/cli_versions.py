@@ -23,7 +23,7 @@ from harness.versions.contracts import Entry
 from harness.versions.diff import Change, Effect, diff
 from harness.versions.properties import split
 from harness.versions.report import changed_files, report
-from harness.versions.search import EXACT, Answer, Model, Stopped, Test
+from harness.versions.search import EXACT, Answer, Model, Next, Stopped
 
 CLEAN, BROKEN, NO_ANSWER = 0, 1, 2
 COLOURS = {Effect.BREAKS: "red", Effect.CHECK: "yellow", Effect.HARMLESS: "dim"}
@@ -155,7 +155,7 @@ def _ask(question: Question, contract: bool, path: Path | None, limit: float) ->
             record.close()
 
 
-def _watch(run: Run, test: Test) -> None:
+def _watch(run: Run, test: Next) -> None:
     err.print(f"{run.version:14} {run.answer:11} {run.seconds:7.2f} s  {test.information:.2f} bit  {printable(run.text)[:120]}")
 
 

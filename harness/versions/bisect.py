@@ -17,7 +17,7 @@ from harness.errors import MoecheckError, RunFolderError
 from harness.reading import parse_json, printable, regular
 from harness.versions import store
 from harness.versions.properties import read_property
-from harness.versions.search import Answer, Found, Model, Stopped, Tally, Test, rates, step
+from harness.versions.search import Answer, Found, Model, Next, Stopped, Tally, rates, step
 
 MAX_JOURNAL = 64 << 20
 SKIP = 125  # as `git bisect run` has it: this version cannot be tested
@@ -75,7 +75,7 @@ class Result:
 
 
 Try = Callable[[str], Outcome]
-Watch = Callable[[Run, Test], None]
+Watch = Callable[[Run, Next], None]
 
 
 def between(releases: Sequence[str], first: str, last: str) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def bisect(
             span = span[:-1]
         seen = Tally(len(span), ((span.index(r.version), _turned(r.answer, question)) for r in runs if r.version in span))
         now = step(seen, model)
-        if not isinstance(now, Test):
+        if not isinstance(now, Next):
             middle = now.first_bad if isinstance(now, Found) else len(span)
             return Result(question, span, now, tuple(runs), rates(seen.fails, seen.passes, middle))
         run = _timed(span[now.version], attempt)
@@ -195,14 +195,19 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(f"{path}: in use by another bisect; wait for it or stop it") from error
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from error
-        self.runs = tuple(self._read(question))
-        if not os.fstat(self._file).st_size:
-            self._write(asdict(question))
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.runs = tuple(self._read(question))
+            if not os.fstat(self._file).st_size:
+                self._write(asdict(question))
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise RunFolderError(f"{path}: in use by another bisect; wait for it or stop it") from error
+        except RunFolderError:
+            os.close(self._file)
+            raise
 
     def append(self, run: Run) -> None:
         """Record a run."""

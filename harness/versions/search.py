@@ -45,7 +45,7 @@ EXACT = Model(1.0, 1.0)  # contracts: reading a file twice gives the same
 
 
 @dataclass(frozen=True)
-class Test:
+class Next:
     """Run this version next; `information`: bits about the first bad version that its answer is worth in expectation."""
 
     version: int
@@ -93,7 +93,7 @@ class Tally:
         return [1, *(c for c in range(2, self.n) if c - 1 not in self.unknown)]
 
 
-def step(seen: Tally, model: Model, confidence: float = CONFIDENCE) -> Test | Found | Stopped:
+def step(seen: Tally, model: Model, confidence: float = CONFIDENCE) -> Next | Found | Stopped:
     """What to do next: the version to run, or the answer. Both ends are verified first, the bad one before the good one."""
     if (end := _end(seen)) is not None:
         return end
@@ -109,10 +109,10 @@ def step(seen: Tally, model: Model, confidence: float = CONFIDENCE) -> Test | Fo
         return Found(tuple(range(starts[best], last)), float(masses[best]))
     bits = information(chances, seen.fails, seen.passes, model)
     bits[list(seen.unknown)] = -1.0
-    return Test(int(bits.argmax()), float(bits.max()))
+    return Next(int(bits.argmax()), float(bits.max()))
 
 
-def _end(seen: Tally) -> Test | Stopped | None:
+def _end(seen: Tally) -> Next | Stopped | None:
     """What the ends still need: a failure of the bad one, then a pass of the good one."""
     if seen.n < 2:
         return Stopped("there is nothing between the ends")
@@ -124,7 +124,7 @@ def _end(seen: Tally) -> Test | Stopped | None:
     ):
         if not wanted[version]:
             tried = int(other[version])
-            return Test(version, 0.0) if tried < PATIENCE else Stopped(f"{text} in {tried} runs")
+            return Next(version, 0.0) if tried < PATIENCE else Stopped(f"{text} in {tried} runs")
     return None
 
 
@@ -151,7 +151,7 @@ def information(chances: Floats, fails: Counts, passes: Counts, model: Model) ->
     before, after = (np.where(chances > 0, p, 0.0) for p in (before, after))
     failure = _split(chances * after, chances * before)
     noise = _split(chances * _entropy(after), chances * _entropy(before))
-    return _entropy(failure) - noise
+    return np.asarray(_entropy(failure) - noise)
 
 
 def rates(fails: Counts, passes: Counts, first_bad: int) -> tuple[float, float]:
@@ -173,7 +173,7 @@ def _split(if_after: Floats, if_before: Floats) -> Floats:
     """For each version v: the sum over c <= v of the first plus the sum over c > v of the second."""
     after = np.concatenate(([0.0], if_after.cumsum()))
     before = np.concatenate(([0.0], if_before.cumsum()))
-    return after + before[-1] - before
+    return np.asarray(after + before[-1] - before)
 
 
 def _entropy(p: Floats) -> Floats:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from harness.versions.search import Answer, Found, Model, Tally, Test, step
+from harness.versions.search import Answer, Found, Model, Next, Tally, step
 
 MAX_RUNS = 20_000
 
@@ -35,7 +35,7 @@ Way = Callable[[int, Bug], tuple[int | None, int]]
 def bayesian(n: int, bug: Bug, model: Model | None = None) -> tuple[int | None, int]:
     """(first bad version found, runs) of the search that moecheck uses, which knows neither rate."""
     seen, runs = Tally(n), 0
-    while runs < MAX_RUNS and isinstance(now := step(seen, model or Model()), Test):
+    while runs < MAX_RUNS and isinstance(now := step(seen, model or Model()), Next):
         seen.add(now.version, Answer.BAD if bug.fails_at(now.version) else Answer.GOOD)
         runs += 1
     return (now.first_bad if isinstance(now, Found) else None), runs
