@@ -123,18 +123,18 @@ def bisect(  # noqa: PLR0913 - typer turns parameters into options
     newest = _version(package, "newest")
     good, bad = (newest if end == "newest" else end for end in (good, bad))
     fixed_only = find_fix and store.parsed(bad) < store.parsed(good)
-    asked = contract or command or ""
-    questions = [Question(package, good, bad, asked, fixed_only)]
+    asked, by = contract or command or "", "contract" if contract else "command"
+    questions = [Question(package, good, bad, asked, fixed_only, by)]
     if find_fix and not fixed_only:
-        questions.append(Question(package, newest, bad, asked, True))
-    results = [_ask(q, contract is not None, journal, limit) for q in questions if q.good != q.bad]
+        questions.append(Question(package, newest, bad, asked, True, by))
+    results = [_ask(q, journal, limit) for q in questions if q.good != q.bad]
     for result in results:
         neighbours = _files(result) if files and result.first else ()
         out.print("\n" + report(result, _rerun(result), neighbours), markup=False)
     raise typer.Exit(NO_ANSWER if any(isinstance(r.answer, Stopped) for r in results) else CLEAN)
 
 
-def _ask(question: Question, contract: bool, path: Path | None, limit: float) -> Result:
+def _ask(question: Question, path: Path | None, limit: float) -> Result:
     """One bisect, told while it goes on."""
     known = store.releases(question.package)
     span = between(known, *((question.bad, question.good) if question.fix else (question.good, question.bad)))
@@ -143,13 +143,13 @@ def _ask(question: Question, contract: bool, path: Path | None, limit: float) ->
     record = None if path is None else Journal(path, question)
     try:
         attempt: Contracts | Command
-        if contract:
+        if question.by == "contract":
             attempt = Contracts(question.package, *split(question.wanted))
             attempt.ends(span, question.fix)
         else:
             seen = next((r.text for r in record.runs if r.answer is Answer.BAD), "") if record else ""
             attempt = Command(shlex.split(question.wanted), limit, int(seen.removeprefix("exit ")) if seen else None)
-        return search(question, known, attempt, record, _watch, EXACT if contract else Model())
+        return search(question, known, attempt, record, _watch, EXACT if question.by == "contract" else Model())
     finally:
         if record is not None:
             record.close()
@@ -167,9 +167,8 @@ def _files(result: Result) -> Sequence[str]:
 
 def _rerun(result: Result) -> str:
     q = result.question
-    how = "--command" if " " in q.wanted else "--contract"
     fix = " --find-fix" if q.fix else ""
-    return f"moecheck bisect {q.package} --good {q.good} --bad {q.bad} {how} {shlex.quote(q.wanted)}{fix}"
+    return f"moecheck bisect {q.package} --good {q.good} --bad {q.bad} --{q.by} {shlex.quote(q.wanted)}{fix}"
 
 
 def _version(package: str, text: str) -> str:

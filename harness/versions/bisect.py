@@ -34,13 +34,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `wanted` describes the test; with `fix` the first release without the failure is searched."""
+    """What is asked: a contract or a command, `wanted`; with `fix` the first release without the failure."""
 
     package: str
     good: str
     bad: str
     wanted: str
     fix: bool = False
+    by: str = "contract"
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,12 @@ class Contract:
     sha256: str
     entries: Mapping[str, Entry]
 
+    def find(self, name: str) -> Entry | None:
+        """The entry of this name, or of another public path of the same package to a thing so called."""
+        package, last = name.partition(".")[0], name.rpartition(".")[2]
+        same = (e for n, e in sorted(self.entries.items()) if n.startswith(f"{package}.") and n.endswith(f".{last}"))
+        return self.entries.get(name) or next(same, None)
+
     def to_json(self) -> str:
         """One line per entry, sorted: two releases compare well in any diff tool."""
         head = {"package": self.package, "version": self.version, "wheel": self.wheel, "sha256": self.sha256}

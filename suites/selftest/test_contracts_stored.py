@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from harness.backends import discover
 from harness.entry import twins
@@ -115,15 +116,20 @@ def test_every_listed_name_is_in_some_release() -> None:
         assert not {*want.entries, *want.helpers, *want.sources} - seen
 
 
-def known(name: str, version: str) -> Entry | None:
+def known(name: str) -> list[Entry]:
+    """Its contract in the releases that a twin may follow: the newest FlashInfer and the one vLLM pinned for long, any vLLM."""
     package = FLASHINFER if name.startswith("flashinfer.") else name.partition(".")[0]
-    if package not in store.packages():
-        return None
-    return store.load(package, version if package == FLASHINFER else store.releases(package)[-1]).entries.get(name)
+    versions = (NEWEST, "0.6.11.post2") if package == FLASHINFER else store.releases(package)
+    return [entry for version in versions if (entry := store.load(package, version).find(name))]
+
+
+STORED = sorted(name for name in twins() if name.partition(".")[0] in ("flashinfer", "vllm"))
 
 
 def agrees(function: Callable[..., Any], entry: Entry) -> bool:
     """Names, order, what is required or keyword only, and every default that the text of the contract gives away."""
+    if entry.values:
+        return all(member.value == entry.values[name] for name, member in function.__members__.items())  # type: ignore[attr-defined]
     ours = list(inspect.signature(function).parameters.values())
     shape = [(p.name, p.default is p.empty, p.kind is p.KEYWORD_ONLY) for p in ours]
     wanted = [(p.name, p.default is None, p.kind == "keyword") for p in entry.parameters]
@@ -143,19 +149,31 @@ def same(text: str | None, value: object) -> bool:
     return not numbers or int(value) == numbers[0]  # type: ignore[call-overload, no-any-return]
 
 
-@pytest.mark.parametrize("name", sorted(twins()) or ["none yet"])
+@pytest.mark.parametrize("name", STORED or ["none yet"])
 def test_a_twin_has_the_signature_of_a_stored_release(name: str) -> None:
-    """Of the newest release, or of 0.6.11.post2, the one vLLM pinned for long."""
     if name == "none yet":
         pytest.skip("harness/twins/libs has no twin")
-    entries = [e for version in (NEWEST, "0.6.11.post2") if (e := known(name, version))]
-    assert entries, f"no stored contract has {name}: add it to configs/contracts/*/entries.yaml, moecheck contracts extract"
+    assert (entries := known(name)), f"{name} is in no stored contract; moecheck contracts extract"
     assert any(agrees(twins()[name], entry) for entry in entries)
 
 
+def test_a_wrong_default_or_order_of_a_twin_is_seen() -> None:
+    entry = Entry("core.py", "(x: Tensor, mode: int=ActivationType.Swiglu.value, *, dtype=torch.bfloat16)")
+    assert agrees(lambda x, mode=3, *, dtype=torch.bfloat16: None, entry)
+    for wrong in (
+        lambda x, mode=4, *, dtype=torch.bfloat16: None,
+        lambda x, mode=3, *, dtype=torch.float16: None,
+        lambda x, mode=3, dtype=torch.bfloat16: None,
+        lambda mode, x=3, *, dtype=torch.bfloat16: None,
+        lambda x, mode, *, dtype=torch.bfloat16: None,
+        lambda x, mode=3: None,
+    ):
+        assert not agrees(wrong, entry)
+
+
 def test_every_entry_that_a_backend_calls_has_a_contract() -> None:
-    calls = {name for b in discover().values() for name in b.entries if name.split(".")[0] in ("flashinfer", "vllm")}
-    assert not [name for name in calls if known(name, NEWEST) is None]
+    calls = {name for b in discover().values() for name in b.entries if name.partition(".")[0] in ("flashinfer", "vllm")}
+    assert not [name for name in calls if not known(name)]
 
 
 def test_a_removed_entry_names_its_heir() -> None:
