@@ -144,14 +144,15 @@ class ProductionRow(Strict):
 
 
 class Tier(Strict):
-    """How much of the space a run covers. checks: how many relations are asked of each case, None for all that apply;
-    repeats: bare calls at the end of each case, for the bits of the first; probes: fills in which some of the exact cases
-    are planned once more; ops: levels of the questions beside the whole layer; replay_runs, replay_s: what it may cost to
-    explain one death by running the case again, alone and after others; sanitizer: tool of compute-sanitizer -> cases of each
-    subject that are run under it in the end."""
+    """How much of the space a run covers. twins: the strength for twins of libraries, None for the same; checks: how many
+    relations are asked of each case, None for all that apply; repeats: bare calls at the end of each case, for the bits of
+    the first; probes: fills in which some of the exact cases are planned once more; ops: levels of the questions beside the
+    whole layer; replay_runs, replay_s: what it may cost to explain one death by running the case again, alone and after
+    others; sanitizer: tool of compute-sanitizer -> cases of each subject that are run under it in the end."""
 
     name: str
     strength: int = Field(ge=1, le=3)
+    twins: int | None = Field(default=None, ge=1, le=3)
     limit_s: float = Field(gt=0, le=MAX_LIMIT_S)
     checks: int | None = Field(default=None, ge=0)
     repeats: int = Field(default=0, ge=0)

@@ -153,7 +153,8 @@ def _planned(request: Request, chosen: list[Backend], device: Device, root: Path
     items = []
     for backend in chosen:
         axes = platform_axes(platform, tier, backend.name, backend.op)
-        cases = plan_backend(axes, backend, device, tier.strength, rows)
+        strength = tier.twins if backend.twin_of and tier.twins else tier.strength
+        cases = plan_backend(axes, backend, device, strength, rows)
         if backend.op == "moe":
             cases += probes(cases, tier.probes) + _production(platform.name, tier, backend, device, root)
         items += [Item(case.id, backend.name) for case in cases]

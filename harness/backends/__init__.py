@@ -46,6 +46,7 @@ def with_twins(declared: Iterable[Backend]) -> Iterable[Backend]:
                 probe=always,
                 summary=summary,
                 script=None,
+                twin_of=backend.name,
             )
 
 

@@ -91,7 +91,8 @@ class Backend:
     activation_format: "standard" for tokens in their order; "batched" where it hands its kernels [experts, rows, hidden] slabs
     with the count of live rows of each expert (masked_m).
     entries: dotted names of the library functions it calls, resolved by `harness.entry.resolve`; where the library cannot run
-    on a CPU and every entry has a twin in harness/twins/libs, `twinned` makes the same adapter a subject there, NAME_twin.
+    on a CPU and every entry has a twin in harness/twins/libs, `twinned` makes the same adapter a subject there, NAME_twin,
+    which is the twin of `twin_of`.
     recorded(device): the inputs of its one case, where they are somebody's recorded tensors (harness/dump) and not drawn.
     script(case): Python text that defines `call(b)`, the same call on the `Launch.buffers` by name, with torch and the library
     only, for a maintainer who has no moecheck. It stands in the file of `prepare`: with another `prepare` it is not used.
@@ -115,6 +116,7 @@ class Backend:
     activation_format: str = "standard"
     entries: tuple[str, ...] = ()
     twinned: bool = False
+    twin_of: str = ""
     recorded: Callable[[str], Inputs] | None = None
     script: Callable[[Case], str] | None = None
     op: str = "moe"

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from harness import config
 from harness.errors import MoecheckError, UnknownName
+from harness.hardware import Source, Strict
 from harness.reading import printable, regular
 from harness.versions.contracts import Contract, Wanted, extract
 
@@ -24,11 +25,11 @@ MAX_WHEEL = 4 << 30
 DOWNLOAD_S = 1800.0
 
 
-class _Listed(config.Strict):
+class _Listed(Strict):
     """An entries.yaml."""
 
     package: str
-    source: config.Source
+    source: Source
     entries: tuple[str, ...]
     helpers: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
