@@ -17,7 +17,7 @@ from reference.layouts import get as layout
 
 CONVERT = "flashinfer.cute_dsl.utils.convert_sf_to_mma_layout"
 NUMBERS = MappingProxyType({"Swiglu": 3, "Relu2": 6, "GegluTanh": 8})  # ActivationType of 0.7.2.post1: what the twins read
-FP4_TMA, TMA = 32, 8  # elements of 4 and of 16 bits in the 16 bytes that TMA wants of a row (can_implement of the kernels)
+FP4_TMA = 32  # elements of 4 bits in the 16 bytes that TMA wants of a row (can_implement of the kernels)
 
 
 def mma_scales(stack: Stack, block: int, device: str) -> Tensor:

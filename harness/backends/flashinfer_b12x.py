@@ -24,6 +24,7 @@ from reference.rounding import Rounding
 
 B12X = "flashinfer.fused_moe.b12x_fused_moe"
 BLOCK = 16
+MICRO_TOKENS, DIRECT_SLOTS, DIRECT_INTER, MICRO_SLOTS, STATIC_SLOTS = 8, 32, 512, 40, 1024  # moe_dispatch.py, 0.7.2.post1
 NAMES: Mapping[str, str] = MappingProxyType(
     {"swiglu": "silu", "geglu_tanh": "gelu_tanh", "relu2": "relu2", "swiglu_oai": "swigluoai_uninterleave"}
 )
@@ -92,10 +93,19 @@ def whole_blocks(case: Case) -> str | None:
     return None
 
 
-def rounding(case: Case) -> Rounding | None:
-    """None: four kernels share the entry point and round differently: fp32 to the end (direct micro), bf16 sums of 256 neurons
-    each times bf16(routing weight * alpha) (static), bf16 atomics per 128 neurons (micro, dynamic)."""
-    return None
+def rounding(case: Case) -> Rounding:
+    """By the kernel that moe_dispatch picks. The direct micro kernel stays in fp32; the static one writes rows in bf16, times
+    bf16(routing weight * alpha), and sums in fp32; micro and dynamic add in bf16, once for every 128 neurons: of more than 128
+    the declared points say less than they round."""
+    tokens, slots = case.shape.tokens, case.shape.tokens * case.shape.top_k
+    acts, out = case.recipe.acts, case.recipe.out
+    middle = f"{out}>{case.recipe.middle}"
+    if tokens <= MICRO_TOKENS and slots < DIRECT_SLOTS and case.shape.inter <= DIRECT_INTER and case.shape.hidden % 128 == 0:
+        return Rounding(x=acts, middle=middle, out=out)
+    micro = tokens <= MICRO_TOKENS and slots <= (MICRO_SLOTS if case.shape.top_k > 1 else MICRO_SLOTS // 2)
+    if micro or slots > STATIC_SLOTS:
+        return Rounding(x=acts, middle=middle, row=out, weighted=out, partial=out, out=out)
+    return Rounding(x=acts, routing_weight=out, middle=middle, row=out, weighted=out, out=out)
 
 
 BACKENDS = (

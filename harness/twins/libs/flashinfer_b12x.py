@@ -1,8 +1,9 @@
 """FlashInfer's b12x fused MoE of SM120, NVFP4: bf16 tokens in, everything else inside.
 
 Source: flashinfer-python 0.7.2.post1, fused_moe/cute_dsl/b12x_moe.py and blackwell_sm12x/{moe_dispatch,moe_static_kernel}.py.
-Four kernels stand behind the entry point, chosen by the number of slots; the twin rounds as the static one does: GEMM 2 in
-groups of 256 neurons, each written in bf16, times bf16(routing weight * alpha), summed over slots in fp32.
+Four kernels stand behind the entry point, chosen by the number of slots. The twin rounds as the direct micro kernel (a few
+slots: fp32 to the end) or as the static one: GEMM 2 in groups of 256 neurons, each written in bf16, times bf16(routing weight *
+alpha), summed over slots in fp32. The atomics of the other two it does not do.
 """
 
 from __future__ import annotations
@@ -65,11 +66,24 @@ def b12x_fused_moe(  # noqa: PLR0913
             continue
         middle = _gemm1(call, expert, x[token].float(), scales[0][expert])
         down = dsl.fp4_values(w2_weight[expert], scales[1][expert], dsl.NVFP4)
-        factor = (token_final_scales[token, slot, None].float() * w2_alpha[expert]).bfloat16().float()
-        groups = [a @ b.T for a, b in zip(middle.split(GROUP, 1), down.split(GROUP, 1), strict=True)]
-        slots[token, slot] = torch.stack([(g.bfloat16().float() * factor).bfloat16().float() for g in groups]).sum(0)
+        factor = token_final_scales[token, slot, None].float() * w2_alpha[expert]
+        slots[token, slot] = middle @ down.T * factor if _direct(call) else _static(middle, down, factor)
     out = torch.empty_like(x) if output is None else output
     return out.copy_(slots.sum(1))
+
+
+def _direct(call: SimpleNamespace) -> bool:
+    """moe_dispatch.launch_sm120_static_moe: does the direct micro kernel take it?"""
+    tokens, top_k = call.token_selected_experts.shape
+    inter = -(-2 * call.w2_weight.shape[2] // GROUP) * GROUP
+    return tokens <= 8 and tokens * top_k < 32 and inter <= 512 and call.x.shape[1] % 128 == 0  # type: ignore[no-any-return]
+
+
+def _static(middle: Tensor, down: Tensor, factor: Tensor) -> Tensor:
+    """The static kernel's partial rows, summed."""
+    factor = factor.bfloat16().float()
+    groups = [a @ b.T for a, b in zip(middle.split(GROUP, 1), down.split(GROUP, 1), strict=True)]
+    return torch.stack([(g.bfloat16().float() * factor).bfloat16().float() for g in groups]).sum(0)
 
 
 def _check(call: SimpleNamespace) -> None:
