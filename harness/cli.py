@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from harness import __version__, cli_audit, cli_bundle, cli_list, cli_versions, config, plan, plan_cache
 from harness.backends import discover
@@ -122,7 +122,7 @@ def doctor(plugin: Plugins = None) -> None:
 
 
 def _backend_table(found: dict[str, Backend], plugins: tuple[str, ...]) -> Table:
-    table = Table("backend", "here", "recipes", "what it is / why not", header_style="bold")
+    table = Table(Column("backend", no_wrap=True), "here", "recipes", "what it is / why not", header_style="bold")
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(detect(), plugins, Path(logs), 120.0) as worker:
         for name, backend in sorted(found.items()):
             support, _ = worker.probe(name)
