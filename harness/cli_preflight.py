@@ -27,7 +27,7 @@ from harness.versions.diff import Effect, diff
 from harness.versions.preflight import preflight
 
 CLEAN, BROKEN = 0, 1
-CASES = 4  # of each backend, spread over its plan
+CASES = 1  # of each backend: its calls differ little between cases
 RESOLVE_S = 300.0
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -111,5 +111,5 @@ def _subjects(contract: Contract, backends: dict[str, Backend], plugins: tuple[s
         except SelectionError:
             err.print(f"{name}: the tier smoke has no case for it", markup=False)
             continue
-        for item in items[:: max(1, len(items) // CASES)][:CASES]:
+        for item in items[:CASES]:
             yield backends[name], Case.parse(item.case_id)
