@@ -70,14 +70,14 @@ def _recorded(name: str, contract: Contract, found: dict[str, str]) -> Callable[
 
     @functools.wraps(twin)
     def call(*arguments: Any, **named: Any) -> Any:
-        ours = inspect.signature(twin).bind(*arguments, **named).arguments
         if entry is not None:
             try:
                 theirs = signature(entry).bind(*arguments, **named).arguments
             except TypeError as error:
                 found.setdefault(name, str(error))
             else:
-                if moved := [n for n in ours if n in theirs and ours[n] is not theirs[n]]:
+                ours = zip(inspect.signature(twin).parameters, arguments, strict=False)  # what is passed by position
+                if moved := [n for n, value in ours if theirs.get(n) is not value]:
                     found.setdefault(name, f"by position {', '.join(moved)} would get another argument")
         return twin(*arguments, **named)
 

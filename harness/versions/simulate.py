@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from harness.versions.search import Answer, Found, Model, Next, Tally, step
 
@@ -79,16 +78,18 @@ def measure(way: Way, versions: int, fails: float, false: float, simulations: in
 
 
 def main() -> None:
-    """Print the table of docs/versions.md."""
+    """Print the figures of docs/versions.md, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=400)
     parser.add_argument("--simulations", type=int, default=500)
     options = parser.parse_args()
-    table = Table("bug fails", "false failures", *WAYS, title=f"{options.versions} versions, {options.simulations} simulations")
+    console = Console(width=140, highlight=False)
+    console.print(f"{options.versions} versions, {options.simulations} simulations: found / mean runs (most runs)")
     for fails, false in RATES:
-        cells = [measure(way, options.versions, fails, false, options.simulations) for way in WAYS.values()]
-        table.add_row(f"{fails:.0%}", f"{false:.0%}", *(f"{share:.1%} / {runs:.0f} ({most})" for share, runs, most in cells))
-    Console(width=128).print(table)
+        console.print(f"fails {fails:.0%}, false failures {false:.0%}")
+        for name, way in WAYS.items():
+            share, runs, most = measure(way, options.versions, fails, false, options.simulations)
+            console.print(f"  {name:10} {share:6.1%} / {runs:.1f} ({most})")
 
 
 if __name__ == "__main__":
