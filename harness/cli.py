@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import __version__, cli_audit, cli_bundle, config, plan
+from harness import __version__, cli_audit, cli_bundle, cli_warm, config, plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.cli_faults import faults
@@ -43,6 +43,7 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
 app.command("load")(cli_bundle.load)
+app.command("warm")(cli_warm.command)
 
 
 @app.command()

@@ -1,0 +1,72 @@
+"""Parts of a JIT module that are enough for one kind of weights; what is left out answers "not built for this recipe"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.errors import UnknownName, WarmError
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which units of `module` are compiled, and which instantiations of its generated units."""
+
+    name: str
+    module: str
+    summary: str
+    kernels: str  # of the moe_gemm_kernels_<acts>_<weights>.cu, those whose last part this matches
+    wanted: Callable[[str], bool]  # asked with the text of an explicit instantiation
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Tile m, n, k and cluster m, n, k of a mixed-input instantiation."""
+    return tuple(int(size) for size in re.findall(r"cute::Int<(\d+)>", text))
+
+
+def _selectable(text: str) -> bool:
+    """Is this bf16 x FP4 instantiation one that a tactic names? The generator makes 184, the tactics are 116.
+
+    Source: cutlass_heuristic.cpp, sm90_supports_coop: one schedule a tile, the other is never asked for.
+    """
+    if "__nv_bfloat16, SafeFP4, __nv_bfloat16" not in text:
+        return False
+    tile = _shape(text)[:3]
+    return ("KernelTmaWarpSpecializedCooperative" in text) == (tile[0] >= 128 and tile != (128, 128, 512))
+
+
+def _few(text: str) -> bool:
+    """Every tile without a cluster, the default tactic (64 x 16 x 128) and the one that sizes the workspace among them
+    (128 x 64 x 256), and each cluster once, at 128 x 128 x 128: 32 of the 116 tactics."""
+    return _selectable(text) and (_shape(text)[3:] == (1, 1, 1) or _shape(text)[:3] == (128, 128, 128))
+
+
+def _bf16(text: str) -> bool:
+    return "Sm90, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16" in text
+
+
+def _bf16_few(text: str) -> bool:
+    """Every tile without a cluster, both epilogues, both orders of the operands: 24 of 72."""
+    return _bf16(text) and re.search(r"\d+, \d+, \d+, 1, 1, 1,", text) is not None
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("w4a16", "fused_moe_90", "MXFP4 weights x bf16: 32 of 116 tactics", "bf16_fp4", _few),
+        Recipe("w4a16_all", "fused_moe_90", "MXFP4 weights x bf16: every tactic", "bf16_fp4", _selectable),
+        Recipe("bf16", "fused_moe_90", "bf16 x bf16: the 24 Hopper kernels without a cluster", "bf16_bf16", _bf16_few),
+        Recipe("bf16_all", "fused_moe_90", "bf16 x bf16: the 72 Hopper kernels, none of Ampere's", "bf16_bf16", _bf16),
+    )
+}
+
+
+def chosen(names: list[str], module: str) -> list[Recipe]:
+    """The recipes of these names. Raises UnknownName, and WarmError for a recipe of another module."""
+    for name in names:
+        if name not in RECIPES:
+            raise UnknownName("recipe", name, RECIPES)
+        if RECIPES[name].module != module:
+            raise WarmError(f"recipe {name} is one of {RECIPES[name].module}, not of {module}")
+    return [RECIPES[name] for name in names]
