@@ -49,7 +49,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
         raise WarmError(f"{error}\n  what is built so far is kept in {folder}: run the same command again") from error
 
 
-def _build(module: str, names: list[str], arch: str, folder: Path, jobs: int, file: Path | None) -> None:  # noqa: PLR0913
+def _build(module: str, names: list[str], arch: str, folder: Path, jobs: int, file: Path | None) -> None:
     recipes = chosen(names, module)
     spec = specs.read([module], arch, folder)[module]
     if isinstance(spec, str):
@@ -63,7 +63,7 @@ def _build(module: str, names: list[str], arch: str, folder: Path, jobs: int, fi
     out.print(
         f"{made.library}: {_mib(made.library.stat().st_size)}, {made.stubs} functions not built; "
         f"{len(new)} units compiled now, {len(made.objects) - len(new)} kept; "
-        f"{sum(one.seconds for one in made.objects):.0f} s of compilers in all, {time.monotonic() - began:.0f} s of wall time now"
+        f"{sum(one.seconds for one in made.objects):.0f} s of compilers in all, {time.monotonic() - began:.0f} s by the clock"
     )
     if file is not None:
         pack(made.library, manifest(spec, made.library, arch, names), file)
@@ -72,7 +72,7 @@ def _build(module: str, names: list[str], arch: str, folder: Path, jobs: int, fi
 
 def _reporter(began: float) -> Callable[[int, int, Built], None]:
     def report(done: int, total: int, one: Built) -> None:
-        how = "kept" if one.kept else f"{one.seconds:.0f} s, {one.peak_mib} MiB of memory"
+        how = "kept" if one.kept else f"{one.seconds:.0f} s ({one.cpu:.0f} s of CPU), {one.peak_mib} MiB of memory"
         out.print(f"{done}/{total} {one.name}: {how}, object {_mib(one.size)} ({time.monotonic() - began:.0f} s)", markup=False)
 
     return report
@@ -85,15 +85,16 @@ def _compilers_are_here(spec: Spec) -> None:
 
 
 def _modules(arch: str, folder: Path) -> Table:
-    table = Table("module", "units", "how", header_style="bold")
     asked = specs.read([name for name in GENERATORS if name not in DOWNLOADS], arch, folder)
+    versions = {said.toolchain for said in asked.values() if isinstance(said, Spec)}
+    table = Table("module", "units", "object files here", header_style="bold", title="; ".join(sorted(versions)))
     for name in GENERATORS:
         said = asked.get(name, "asked only when it is built: its generator downloads headers")
         if isinstance(said, str):
             table.add_row(name, "-", said)
         else:
             kept = sum((folder / "objects" / f"{unit.name}-{unit.key(said.toolchain)}.o").exists() for unit in said.units)
-            table.add_row(name, str(len(said.units)), f"{said.toolchain}; {kept} units are here")
+            table.add_row(name, str(len(said.units)), str(kept))
     return table
 
 

@@ -19,13 +19,14 @@ from harness.warm.units import Unit
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An object file, what it took (`seconds` of wall time, compiler's `peak_mib`), and whether it was there already."""
+    """An object file, what it took (`seconds` by the clock, `cpu` seconds, the compiler's `peak_mib`), was it `kept`?"""
 
     name: str
     path: str
     seconds: float
     size: int
     peak_mib: int
+    cpu: float = 0.0
     kept: bool = False
 
 
@@ -62,17 +63,25 @@ def build(units: Sequence[Unit], toolchain: str, folder: Path, jobs: int, report
 
 
 def _one(unit: Unit, target: Path) -> Built:
-    record = target.with_suffix(".json")
-    if target.exists() and record.exists():
-        return Built(**{**json.loads(record.read_text()), "kept": True, "path": str(target)})
+    if (kept := _kept(target)) is not None:
+        return kept
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
         built = _compile(unit, part, target)
-        record.write_text(json.dumps(asdict(built)))
+        target.with_suffix(".json").write_text(json.dumps(asdict(built)))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
     return built
+
+
+def _kept(target: Path) -> Built | None:
+    """The object file of an earlier build, if it and what is known about it are whole."""
+    try:
+        known = json.loads(target.with_suffix(".json").read_text())
+        return Built(**{**known, "path": str(target), "kept": True}) if target.exists() else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _compile(unit: Unit, part: Path, target: Path) -> Built:
@@ -85,4 +94,5 @@ def _compile(unit: Unit, part: Path, target: Path) -> Built:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode or not part.exists():
         raise WarmError(explain(unit.name, child.returncode, said))
-    return Built(unit.name, str(target), round(time.monotonic() - began, 1), part.stat().st_size, usage.ru_maxrss >> 10)
+    seconds, cpu = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    return Built(unit.name, str(target), round(seconds, 1), part.stat().st_size, usage.ru_maxrss >> 10, round(cpu, 1))

@@ -1,4 +1,4 @@
-"""What a compiler's or a linker's failure means for the user: which wheel has the header, that the disk is full, that memory ran out."""
+"""What a compiler's or a linker's failure means for the user: a header and its wheel, a full disk, too little memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _WHEELS = {
     "nvtx3": "nvidia-nvtx",
     "tvm/ffi": "apache-tvm-ffi",
 }
+_WORTH = re.compile(r"error|cannot find|undefined reference|No space left", re.IGNORECASE)
 _MISSING = re.compile(r"fatal error: ([^\s:]+): No such file|cannot open source file \"([^\"]+)\"")
 
 
 def explain(name: str, code: int, said: str) -> str:
     """One message: unit, exit status, the first error, and the remedy where it is known."""
     missing = _MISSING.search(said)
-    first = next((line for line in said.splitlines() if "error" in line.lower()), said.strip()[-300:])
+    first = next((line for line in said.splitlines() if _WORTH.search(line)), said.strip()[-300:])
     if "No space left on device" in said:
-        remedy = (
-            "the disk is full: free some space or give another --out, then run the same command again; what is built is kept"
-        )
+        remedy = "the disk is full: free some space, then run the same command again; what is built is kept"
     elif missing:
         remedy = _header(missing[1] or missing[2])
     elif code < 0 or "Killed" in said or "out of memory" in said:

@@ -15,9 +15,11 @@ from harness.warm.units import Unit
 
 # Prefixes of the functions of a library that may be missing here and is there on the GPU machine; its soname there.
 _ELSEWHERE = {
+    "cudart": (re.compile(r"cuda[A-Z]|__cuda"), "libcudart.so.{major}"),
     "cuda": (re.compile(r"cu[A-Z]"), "libcuda.so.1"),
     "nvrtc": (re.compile(r"nvrtc[A-Z]"), "libnvrtc.so.{major}"),
 }
+_TLLM = "tensorrt_llm::common::TllmException(__FILE__, __LINE__, text.c_str())"
 _STUBS = """\
 #include <cxxabi.h>
 #include <cstdlib>
@@ -49,9 +51,7 @@ def absent(symbols: set[str], ours: str) -> list[str]:
     """Those of the module's own namespace (`ours`, as it is mangled). Raises WarmError where a stub cannot stand for one."""
     found = sorted(s for s in symbols if s.startswith("_Z") and ours in s)
     if data := [s for s in found if re.match(r"_ZT[VIS]", s)]:
-        raise WarmError(
-            f"a recipe left out the unit that defines {', '.join(data[:3])}: these are tables, no stub can replace them"
-        )
+        raise WarmError(f"a recipe left out the unit that defines {', '.join(data[:3])}: tables, which no stub replaces")
     return found
 
 
@@ -78,29 +78,29 @@ def link(spec: Spec, objects: Sequence[Path], target: Path) -> None:
     """Links `target`, stripped. A library that only the GPU machine has is named in it and not needed here."""
     target.parent.mkdir(parents=True, exist_ok=True)
     needed = undefined(objects)
-    flags, folder = [], target.parent / "elsewhere"
+    flags, elsewhere, folder = list[str](), list[str](), target.parent / "elsewhere"
     for flag in spec.ldflags:
         calls, soname = _ELSEWHERE.get(flag.removeprefix("-l"), (None, ""))
         if calls is None:
             flags.append(flag)
         elif any(calls.match(symbol) for symbol in needed):
-            flags += [f"-L{_empty(folder, flag, soname.format(major=_major(spec)))}", flag]
+            elsewhere += [_empty(folder, flag, soname.format(major=_major(spec))), flag]
     part = target.with_suffix(".part")
     try:
-        _run([spec.linker, *map(str, objects), "-Wl,--no-as-needed,-s", *flags, "-o", str(part)], target.name)
+        _run([spec.linker, *map(str, objects), "-Wl,--no-as-needed,-s", *flags, *elsewhere, "-o", str(part)], target.name)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _empty(folder: Path, flag: str, soname: str) -> Path:
-    """A folder with a library of this soname and nothing in it, to be searched before any other."""
+def _empty(folder: Path, flag: str, soname: str) -> str:
+    """The option for a folder with a library of this soname and nothing in it; the toolkit's own is found before it."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "empty.c"
     source.write_text("")
     library = folder / f"lib{flag.removeprefix('-l')}.so"
     _run(["c++", "-shared", f"-Wl,-soname,{soname}", str(source), "-o", str(library)], library.name)
-    return folder
+    return f"-L{folder}"
 
 
 def _major(spec: Spec) -> str:

@@ -13,8 +13,6 @@ from harness.warm.recipes import Recipe
 from harness.warm.specs import Spec
 from harness.warm.units import Unit, regroup
 
-# As many instantiations a file as FlashInfer's generator puts there: jit/gemm/cutlass/generate_kernels.py, GROUP_SIZE.
-GROUP = 8
 # The mangled name of the namespace that a recipe may leave parts of undefined.
 _OURS = "12tensorrt_llm"
 
@@ -37,15 +35,23 @@ def narrowed(spec: Spec, recipes: Sequence[Recipe], out: Path) -> Spec:
         raise WarmError(f"{spec.module} of FlashInfer {spec.version} has no generated units, or several commands for them")
     kernels = {recipe.kernels for recipe in recipes}
     kept = [unit for unit in spec.units if unit not in generated and _needed(unit, kernels)]
-    files = regroup(
-        [unit.source for unit in generated],
-        lambda text: any(recipe.wanted(text) for recipe in recipes),
-        out / "regrouped",
-        GROUP,
-    )
-    if not files:
-        raise WarmError(f"no instantiation of {spec.module} of FlashInfer {spec.version} fits {recipes[0].name}")
+    files = _regrouped([unit.source for unit in generated], recipes, out / "regrouped")
     return replace(spec, units=(*kept, *(Unit(file, generated[0].argv) for file in files)))
+
+
+def _regrouped(sources: list[Path], recipes: Sequence[Recipe], folder: Path) -> list[Path]:
+    """Each recipe's instantiations in files of their own, without those that an earlier recipe has."""
+    files: list[Path] = []
+    for at, recipe in enumerate(recipes):
+
+        def wanted(text: str, recipe: Recipe = recipe, earlier: Sequence[Recipe] = recipes[:at]) -> bool:
+            return recipe.wanted(text) and not any(other.wanted(text) for other in earlier)
+
+        found = regroup(sources, wanted, folder, recipe.group)
+        if not found and not recipes[:at]:
+            raise WarmError(f"the generated units hold no instantiation that recipe {recipe.name} wants")
+        files += found
+    return files
 
 
 def _needed(unit: Unit, kernels: set[str]) -> bool:

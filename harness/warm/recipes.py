@@ -16,6 +16,7 @@ class Recipe:
     name: str
     module: str
     summary: str
+    group: int  # instantiations a file: 8 of bf16 x FP4 take more than 10 GB of memory, 8 of bf16 x bf16 5 GB
     kernels: str  # of the moe_gemm_kernels_<acts>_<weights>.cu, those whose last part this matches
     wanted: Callable[[str], bool]  # asked with the text of an explicit instantiation
 
@@ -37,9 +38,11 @@ def _selectable(text: str) -> bool:
 
 
 def _few(text: str) -> bool:
-    """Every tile without a cluster, the default tactic (64 x 16 x 128) and the one that sizes the workspace among them
-    (128 x 64 x 256), and each cluster once, at 128 x 128 x 128: 32 of the 116 tactics."""
-    return _selectable(text) and (_shape(text)[3:] == (1, 1, 1) or _shape(text)[:3] == (128, 128, 128))
+    """12 of the 116 tactics: every tile of 128 columns of K without a cluster, the default one (64 x 16) among them, and
+    128 x 64 x 256, which sizes the workspace (calcMaxWorkspaceSizeTmaWarpSpecializedMixedInput)."""
+    return (
+        _selectable(text) and _shape(text)[3:] == (1, 1, 1) and (_shape(text)[2] == 128 or _shape(text)[:3] == (128, 64, 256))
+    )
 
 
 def _bf16(text: str) -> bool:
@@ -54,10 +57,12 @@ def _bf16_few(text: str) -> bool:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("w4a16", "fused_moe_90", "MXFP4 weights x bf16: 32 of 116 tactics", "bf16_fp4", _few),
-        Recipe("w4a16_all", "fused_moe_90", "MXFP4 weights x bf16: every tactic", "bf16_fp4", _selectable),
-        Recipe("bf16", "fused_moe_90", "bf16 x bf16: the 24 Hopper kernels without a cluster", "bf16_bf16", _bf16_few),
-        Recipe("bf16_all", "fused_moe_90", "bf16 x bf16: the 72 Hopper kernels, none of Ampere's", "bf16_bf16", _bf16),
+        Recipe(
+            "w4a16", "fused_moe_90", "MXFP4 weights x bf16: 12 of 116 tactics, the default one among them", 4, "bf16_fp4", _few
+        ),
+        Recipe("w4a16_all", "fused_moe_90", "MXFP4 weights x bf16: every tactic", 4, "bf16_fp4", _selectable),
+        Recipe("bf16", "fused_moe_90", "bf16 x bf16: the 24 Hopper kernels without a cluster", 8, "bf16_bf16", _bf16_few),
+        Recipe("bf16_all", "fused_moe_90", "bf16 x bf16: the 72 Hopper kernels, none of Ampere's", 8, "bf16_bf16", _bf16),
     )
 }
 

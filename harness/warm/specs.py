@@ -86,5 +86,5 @@ def _compiler(nvcc: str) -> str:
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise WarmError(f"no nvcc: {error}\n  install the CUDA toolkit and set CUDA_HOME to its folder") from error
+        raise WarmError(f"no nvcc: {error}\n  install the CUDA toolkit, set CUDA_HOME to its folder") from error
     return said.strip().splitlines()[-1].strip()
