@@ -53,7 +53,8 @@ def _build(module: str, names: list[str], arch: str, folder: Path, jobs: int, fi
     recipes = chosen(names, module)
     spec = specs.read([module], arch, folder)[module]
     if isinstance(spec, str):
-        raise WarmError(spec)
+        hint = "\n  it downloads headers from FlashInfer's vendor, which needs that network" if module in DOWNLOADS else ""
+        raise WarmError(spec + hint)
     spec = narrowed(spec, recipes, folder)
     _compilers_are_here(spec)
     out.print(f"{spec.module}, {spec.toolchain}: {len(spec.units)} units, {jobs} at a time, object files in {folder}/objects")

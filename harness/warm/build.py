@@ -55,10 +55,14 @@ def build(units: Sequence[Unit], toolchain: str, folder: Path, jobs: int, report
             report(done[0], len(units), built)
         return built
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, unit) for unit in units]
-    # Every thread has ended; the first failure in the order of the units is the one told.
-    results = [future.result() for future in futures]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        results = [future.result() for future in [pool.submit(one, unit) for unit in units]]
+    except BaseException:  # Ctrl-C too: what waits is not begun
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return [built for built in results if built is not None]
 
 

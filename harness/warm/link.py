@@ -19,7 +19,7 @@ _ELSEWHERE = {
     "cuda": (re.compile(r"cu[A-Z]"), "libcuda.so.1"),
     "nvrtc": (re.compile(r"nvrtc[A-Z]"), "libnvrtc.so.{major}"),
 }
-_TLLM = "tensorrt_llm::common::TllmException(__FILE__, __LINE__, text.c_str())"
+_TLLM = 'tensorrt_llm::common::TllmException("moecheck warm", 0, text.c_str())'
 _STUBS = """\
 #include <cxxabi.h>
 #include <cstdlib>
@@ -62,9 +62,7 @@ def stubs(spec: Spec, names: Sequence[str], recipe: str, folder: Path) -> Built:
     text = _STUBS.format(
         include='#include "tensorrt_llm/common/tllmException.h"' if known else "#include <stdexcept>",
         # What the library catches where it sizes workspaces and offers tactics: a missing one is then not offered.
-        raised=f"tensorrt_llm::common::{'TllmException(__FILE__, __LINE__, text.c_str())'}"
-        if known
-        else "std::runtime_error(text)",
+        raised=_TLLM if known else "std::runtime_error(text)",
         recipe=recipe,
         stubs="\n".join(f"STUB({name})" for name in names),
     )

@@ -37,12 +37,15 @@ def _selectable(text: str) -> bool:
     return ("KernelTmaWarpSpecializedCooperative" in text) == (tile[0] >= 128 and tile != (128, 128, 512))
 
 
+def _default(text: str) -> bool:
+    """The default tactic (the first: get_candidate_tiles_sm90), and the kernel that sizes the workspace
+    (calcMaxWorkspaceSizeTmaWarpSpecializedMixedInput), which is a tactic too."""
+    return _selectable(text) and _shape(text) in ((64, 16, 128, 1, 1, 1), (128, 64, 256, 1, 1, 1))
+
+
 def _few(text: str) -> bool:
-    """12 of the 116 tactics: every tile of 128 columns of K without a cluster, the default one (64 x 16) among them, and
-    128 x 64 x 256, which sizes the workspace (calcMaxWorkspaceSizeTmaWarpSpecializedMixedInput)."""
-    return (
-        _selectable(text) and _shape(text)[3:] == (1, 1, 1) and (_shape(text)[2] == 128 or _shape(text)[:3] == (128, 64, 256))
-    )
+    """Those two, and every tile of 128 columns of K without a cluster."""
+    return _default(text) or (_selectable(text) and _shape(text)[2:] == (128, 1, 1, 1))
 
 
 def _bf16(text: str) -> bool:
@@ -57,9 +60,8 @@ def _bf16_few(text: str) -> bool:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
-            "w4a16", "fused_moe_90", "MXFP4 weights x bf16: 12 of 116 tactics, the default one among them", 4, "bf16_fp4", _few
-        ),
+        Recipe("w4a16_default", "fused_moe_90", "MXFP4 weights x bf16: 2 of 116 tactics", 4, "bf16_fp4", _default),
+        Recipe("w4a16", "fused_moe_90", "MXFP4 weights x bf16: 12 of 116 tactics", 4, "bf16_fp4", _few),
         Recipe("w4a16_all", "fused_moe_90", "MXFP4 weights x bf16: every tactic", 4, "bf16_fp4", _selectable),
         Recipe("bf16", "fused_moe_90", "bf16 x bf16: the 24 Hopper kernels without a cluster", 8, "bf16_bf16", _bf16_few),
         Recipe("bf16_all", "fused_moe_90", "bf16 x bf16: the 72 Hopper kernels, none of Ampere's", 8, "bf16_bf16", _bf16),
