@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UnknownName, WarmError
 from harness.warm.units import Unit
@@ -62,7 +63,7 @@ def read(names: Iterable[str], arch: str, out: Path) -> dict[str, Spec | str]:
     return {name: _spec(said, answer["version"], includes) for name, said in answer["modules"].items()}
 
 
-def _ask(question: dict) -> dict:  # type: ignore[type-arg]
+def _ask(question: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="moecheck-") as folder:
         file = Path(folder) / "answer.json"
         command = [sys.executable, "-P", str(_CHILD), json.dumps({**question, "answer": str(file)})]
@@ -73,7 +74,7 @@ def _ask(question: dict) -> dict:  # type: ignore[type-arg]
         return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
-def _spec(said: dict, version: str, includes: tuple[str, ...]) -> Spec | str:  # type: ignore[type-arg]
+def _spec(said: dict[str, Any], version: str, includes: tuple[str, ...]) -> Spec | str:
     if "error" in said:
         return str(said["error"])
     units = tuple(Unit(Path(source), (*argv, *includes)) for source, argv in said["units"])
