@@ -52,6 +52,11 @@ def _bf16(text: str) -> bool:
     return "Sm90, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16" in text
 
 
+def _bf16_default(text: str) -> bool:
+    """The tile of the default tactic (the first: get_candidate_tiles_sm90), both epilogues, both orders of the operands."""
+    return _bf16(text) and re.search(r"\s128, 16, 64, 1, 1, 1,", text) is not None
+
+
 def _bf16_few(text: str) -> bool:
     """Every tile without a cluster, both epilogues, both orders of the operands: 24 of 72."""
     return _bf16(text) and re.search(r"\d+, \d+, \d+, 1, 1, 1,", text) is not None
@@ -63,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("w4a16_default", "fused_moe_90", "MXFP4 weights x bf16: 2 of 116 tactics", 2, "bf16_fp4", _default),
         Recipe("w4a16", "fused_moe_90", "MXFP4 weights x bf16: 12 of 116 tactics", 2, "bf16_fp4", _few),
         Recipe("w4a16_all", "fused_moe_90", "MXFP4 weights x bf16: every tactic", 2, "bf16_fp4", _selectable),
+        Recipe("bf16_default", "fused_moe_90", "bf16 x bf16: 4 of 72 Hopper kernels", 8, "bf16_bf16", _bf16_default),
         Recipe("bf16", "fused_moe_90", "bf16 x bf16: the 24 Hopper kernels without a cluster", 8, "bf16_bf16", _bf16_few),
         Recipe("bf16_all", "fused_moe_90", "bf16 x bf16: the 72 Hopper kernels, none of Ampere's", 8, "bf16_bf16", _bf16),
     )
