@@ -18,7 +18,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from harness import __version__, cli_audit, cli_bundle, cli_list, cli_preflight, cli_versions, config, plan, plan_cache
+from harness import (
+    __version__,
+    cli_audit,
+    cli_bundle,
+    cli_list,
+    cli_preflight,
+    cli_versions,
+    cli_warm,
+    config,
+    plan,
+    plan_cache,
+)
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.cli_dump import import_dump
@@ -46,6 +57,7 @@ app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)
 app.command("preflight")(cli_preflight.command)
+app.command("warm")(cli_warm.command)
 
 
 @app.command()
