@@ -18,8 +18,8 @@ from reference.rounding import Rounding
 
 ENTRY = f"{_vllm.FUSED_MOE}.fused_moe.fused_experts"
 CONFIG = f"{_vllm.FUSED_MOE}.config"
-UNSIGNED = 8  # uint4b8: a nibble is the code plus 8 (fused_moe_kernel_gptq_awq, b_zp_num)
-PAIR = 0x88  # both nibbles of a byte
+PAIR = 0x88  # uint4b8: a nibble is the code plus 8 (fused_moe_kernel_gptq_awq, b_zp_num); both nibbles of a byte
+SLOTS = 6  # an expert: should_moe_wna16_use_cuda
 
 
 PLAIN = ("bf16", "fp16")
@@ -146,7 +146,7 @@ def whole_groups(case: Case) -> str | None:
 
 def few_tokens(case: Case) -> bool:
     """should_moe_wna16_use_cuda: at most 6 slots an expert go to moe_wna16_gemm."""
-    return case.shape.tokens * case.shape.top_k <= 6 * case.shape.experts
+    return case.shape.tokens * case.shape.top_k <= SLOTS * case.shape.experts
 
 
 def sums_in_fp16(case: Case) -> str | None:
@@ -154,6 +154,11 @@ def sums_in_fp16(case: Case) -> str | None:
     if case.fill == "real" and few_tokens(case):
         return "at most 6 slots an expert run in moe_wna16_gemm, which adds in fp16: no bound is known, asked exactly only"
     return None
+
+
+def fewest(case: Case) -> str | None:
+    """The same where top_k <= experts decides it already, so that a plan does not look for such pairs."""
+    return sums_in_fp16(case) if case.shape.tokens <= SLOTS else None
 
 
 def _backend(name: str, recipes: tuple[str, ...], summary: str, limits: tuple[Limit, ...] = ()) -> Backend:
@@ -190,6 +195,7 @@ BACKENDS = (
         "vLLM fused_experts in Triton or moe_wna16_gemm in CUDA (few tokens an expert), int4 weights in groups",
         (
             Limit(("recipe", "hidden", "inter"), whole_groups),
+            Limit(("fill", "tokens"), fewest),
             Limit(("fill", "tokens", "top_k", "experts"), sums_in_fp16),
         ),
     ),
