@@ -24,7 +24,7 @@ ACTIVATION, QUANT = "aiter.ActivationType", "aiter.QuantType"
 ENTRIES = (ENTRY, SHUFFLE, ACTIVATION, QUANT)
 ACTIVATIONS = {"swiglu": "Silu", "geglu": "Gelu", "silu": "Silu", "gelu": "Gelu"}
 QUANTS = {"bf16": "No", "fp8_channel-fp8_token": "per_Token", "fp8_block-fp8_group": "per_1x128"}
-COLUMNS = 32  # shuffle_weight's block along K, 16 along N
+COLUMNS, GROUP = 32, 128  # shuffle_weight's block along K (16 along N); columns of a scale of per_1x128
 
 
 def rounding(case: Case) -> Rounding:
@@ -90,12 +90,15 @@ def _call(case: Case, b: dict[str, Tensor], device: str) -> Callable[[], Tensor]
     return call
 
 
-def whole_blocks(case: Case) -> str | None:
-    """shuffle_weight asserts whole blocks."""
-    for name, size in (("hidden", case.shape.hidden), ("inter", case.shape.inter)):
-        if size % COLUMNS:
-            return f"{name} {size} is not a multiple of {COLUMNS}: shuffle_weight moves blocks of 16 x {COLUMNS}"
-    return None
+def whole_blocks(axis: str) -> Limit:
+    """shuffle_weight asserts whole blocks, per_1x128 gives a scale to whole groups."""
+
+    def refuses(case: Case) -> str | None:
+        size = int(case.axes[axis])
+        least = GROUP if case.recipe.weights == "fp8_block" else COLUMNS
+        return f"{axis} {size} is not a multiple of {least}, a block of its weights" if size % least else None
+
+    return Limit(("recipe", axis), refuses)
 
 
 def no_tokens(case: Case) -> str | None:
@@ -113,7 +116,7 @@ def _backend(name: str, recipes: tuple[str, ...], activations: tuple[str, ...], 
         archs=archs,
         rounding=rounding,
         probe=needs(*ENTRIES),
-        limits=(Limit(("tokens",), no_tokens), Limit(("hidden", "inter"), whole_blocks)),
+        limits=(Limit(("tokens",), no_tokens), whole_blocks("hidden"), whole_blocks("inter")),
         prepare=prepare,
         expert_parallel=True,
         entries=ENTRIES,

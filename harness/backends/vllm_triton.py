@@ -135,13 +135,14 @@ def script(case: Case) -> str:
     return SCRIPT.format(quant=quant, activation=_vllm.ACTIVATIONS[case.activation], experts=case.shape.experts)
 
 
-def whole_groups(case: Case) -> str | None:
+def whole_groups(axis: str) -> Limit:
     """moe_wna16.py of vLLM refuses a group that straddles the end of a row."""
-    group = group_of(case)
-    for name, size in (("hidden", case.shape.hidden), ("inter", case.shape.inter)):
-        if size % group:
-            return f"{name} {size} is not a multiple of {group}, the group of {case.recipe.weights}"
-    return None
+
+    def refuses(case: Case) -> str | None:
+        size, group = int(case.axes[axis]), group_of(case)
+        return f"{axis} {size} is not a multiple of {group}, the group of {case.recipe.weights}" if size % group else None
+
+    return Limit(("recipe", axis), refuses)
 
 
 def few_tokens(case: Case) -> bool:
@@ -194,7 +195,8 @@ BACKENDS = (
         WNA16,
         "vLLM fused_experts in Triton or moe_wna16_gemm in CUDA (few tokens an expert), int4 weights in groups",
         (
-            Limit(("recipe", "hidden", "inter"), whole_groups),
+            whole_groups("hidden"),
+            whole_groups("inter"),
             Limit(("fill", "tokens"), fewest),
             Limit(("fill", "tokens", "top_k", "experts"), sums_in_fp16),
         ),
