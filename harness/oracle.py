@@ -36,7 +36,7 @@ class Expected:
     wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what expert e adds to the output, computed when
     asked; independent [tokens]: how many independent errors a right kernel's rows hold; layer: the same layer, for what-if
     questions; read(output): the values that an output holds, where they are not its own elements; baseline: an emulation to
-    compare with, where sigma is only that of an assumed recipe.
+    compare with, where sigma is only that of an assumed recipe; by_row: no scale spans the batch, so a token's row is its own.
     """
 
     value: Tensor
@@ -51,11 +51,11 @@ class Expected:
     contribution: Callable[[int], Tensor]
     layer: Layer | None = None
     baseline: Baseline | None = None
+    by_row: bool = True
     read: Callable[[Tensor], Tensor] = lambda output: output
 
     def rows(self, rows: Tensor) -> Expected:
-        """What the tokens `rows` (int64) alone should give: a token's output depends on no other token. Impostors stay those
-        of the whole."""
+        """What the tokens `rows` (int64) alone should give, where a row is its own. Impostors stay those of the whole."""
         names = ("ids", "weights", "margin")
         routing = dataclasses.replace(self.routing, **{name: getattr(self.routing, name)[rows] for name in names})
         mine = {name: getattr(self, name)[rows] for name in ("value", "sigma", "independent", "ambiguous")}
@@ -132,6 +132,7 @@ def _answered(case: Case, inputs: Inputs, rounding: Rounding) -> Expected:
         sampled=torch.arange(len(value)),
         impostors={name: wrong.cpu() for name, wrong in given.impostors.items()},
         contribution=lambda expert: torch.zeros_like(value),
+        by_row=False,
         read=lambda output: given.read(output).cpu(),
     )
 
@@ -175,6 +176,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         contribution=lambda expert: _contribution(case, inputs, expert),
         layer=layer_of(inputs),
         baseline=None if rows.baseline is None else _baseline(case, inputs, rounding, rows),
+        by_row=not rounding.spans_rows,
     )
 
 

@@ -257,7 +257,7 @@ def _split(subject: Subject) -> Finding | None:
         inputs = variants.take(subject.inputs, rows.to(subject.inputs.x.device))
         output = subject.run(subject.prepare(inputs).call)
         what = f"the call on tokens {int(rows[0])}..{int(rows[-1])} alone"
-        if finding := subject.judge("split_batch", what, inputs, output, subject.expected.rows(rows)):
+        if finding := subject.judge("split_batch", what, inputs, output, subject.expect_rows(inputs, rows)):
             return finding
     return None
 
@@ -272,7 +272,7 @@ def _garbage(subject: Subject) -> Finding | None:
     assert isinstance(output, Tensor)
     rows = torch.arange(0, subject.case.shape.tokens, 2, device=subject.inputs.x.device)
     alone = variants.take(subject.inputs, rows)
-    return subject.judge("garbage_rows", what, alone, output[rows.to(output.device)], subject.expected.rows(rows.cpu()))
+    return subject.judge("garbage_rows", what, alone, output[rows.to(output.device)], subject.expect_rows(alone, rows))
 
 
 def _permuted(subject: Subject) -> Finding | None:
@@ -281,7 +281,7 @@ def _permuted(subject: Subject) -> Finding | None:
     inputs = variants.take(subject.inputs, order.to(subject.inputs.x.device))
     output = subject.run(subject.prepare(inputs).call)
     what = "the call on the tokens in another order"
-    return subject.judge("token_permutation", what, inputs, output, subject.expected.rows(order))
+    return subject.judge("token_permutation", what, inputs, output, subject.expect_rows(inputs, order))
 
 
 def _relabelled(subject: Subject) -> Finding | None:
@@ -307,8 +307,13 @@ def _shows_weights(subject: Subject) -> str | None:
 
 def _rows_scale(subject: Subject) -> str | None:
     scaling = get(subject.case.recipe.acts).scaling
-    static = scaling is not None and scaling.static
-    return _small(subject) or ("x is quantised with a static scale" if static else None)
+    if scaling is not None and scaling.static:
+        return "x is quantised with a static scale"
+    if subject.case.recipe.out == "fp16":
+        return "tiny values are fp16's subnormals, whose few bits round in no random way"
+    if subject.case.exact and not subject.backend.supports(subject.case.vary(fill="real"), subject.device).ok:
+        return "the backend is asked exactly only, and tiny values do not saturate the gate"
+    return _small(subject)
 
 
 def _several(subject: Subject) -> str | None:

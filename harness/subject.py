@@ -89,6 +89,10 @@ class Subject:
             self.known[id(inputs)] = inputs, expect(inputs.case, judged_on(inputs), declared, guard=False)
         return self.known[id(inputs)][1]
 
+    def expect_rows(self, inputs: Inputs, rows: Tensor) -> Expected:
+        """What `inputs`, which are the tokens `rows` of this case, should give."""
+        return self.expected.rows(rows.cpu()) if self.expected.by_row else self.expect(inputs)
+
     def judge(self, check: str, what: str, inputs: Inputs, output: object, expected: Expected | None = None) -> Finding | None:
         """A finding of `check` if `output` is not what the oracle expects of `inputs`, or `expected` where that is known;
         `what` names the call."""
@@ -103,10 +107,16 @@ class Subject:
 
 
 def synchronised(call: Callable[[], object], device: Device) -> object:
-    """The call's result once the device is done with it."""
+    """The call's result once the device is done with it. An error that the call left for the next one to raise, a launch of
+    no blocks whose status nobody read, is this call's."""
     output = call()
     if device.kind == "cuda":
         torch.cuda.synchronize()
+        try:
+            torch.zeros(1, device="cuda")  # torch asks for the last error after each launch of its own
+        except RuntimeError as error:
+            text = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"the call returned and left an error behind for whoever comes next: {text}") from error
     return output
 
 

@@ -54,6 +54,19 @@ class Rounding:
         """Does a format with scales of its own stand between GEMM 1 and GEMM 2?"""
         return any(step not in FLOATS for point in ("gate_up", "activated", "middle") for step in self.steps(point))
 
+    @property
+    def spans_rows(self) -> bool:
+        """Is a scale fitted to several rows somewhere, so that a row's error depends on the others?"""
+        for point in ("x", "gate_up", "activated", "middle", "row"):
+            for name in self.steps(point):
+                scaling = None if name in FLOATS else get(name).scaling
+                if scaling is None:
+                    continue
+                fitted = scaling.static and getattr(self, f"{point}_scale", None) is None
+                if fitted or (scaling.group[0] != 1 and not scaling.static):
+                    return True
+        return False
+
     def at(self, point: str, value: Tensor) -> Tensor:
         """`value` (float64; [rows, columns] where a format is involved) as it leaves `point`."""
         for name in self.steps(point):

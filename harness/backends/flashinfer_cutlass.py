@@ -124,6 +124,11 @@ def contract(case: Case, packed: Packed, experts: int) -> tuple[Argument, ...]:
     return (*step, *weights, *packed.contract)
 
 
+def no_tokens(case: Case) -> str | None:
+    """An empty tensor has no address, which runMoe asserts: RuntimeError on an H200, 0.7.2.post1."""
+    return None if case.shape.tokens else "no tokens: Assertion failed: input_activations (cutlass_fused_moe_kernels.cuh)"
+
+
 def whole_tiles(case: Case) -> str | None:
     """The binding wants align(inter, 64) rows of FC1 scales without a gate, the swizzle holds tiles of 128 rows."""
     rows = -(-case.shape.inter // 64) * 64
@@ -225,7 +230,7 @@ def backend(mode: Mode) -> Backend:
         archs=mode.archs,
         rounding=mode.rounding,
         probe=built("fused_moe_{arch}", *entries),
-        limits=(whole(*mode.multiple, mode.why), *mode.limits),
+        limits=(whole(*mode.multiple, mode.why), Limit(("tokens",), no_tokens), *mode.limits),
         prepare=partial(prepare, mode),
         summary=f"FlashInfer cutlass_fused_moe, mode {mode.name}, finalize not fused",
         exempt={"out_strided": NO_STRIDES, "duplicate_expert": ONCE},

@@ -35,7 +35,8 @@ def _quantize(case: Case, inputs: Inputs) -> Launch:
     def call() -> Tensor:
         blocks = x.float().unflatten(1, (-1, width or x.shape[1]))
         amax = blocks.abs().amax(2, keepdim=True)
-        scales = amax.clamp(min=GROUP_FLOOR) / LARGEST if width else (amax / LARGEST).clamp(min=TOKEN_FLOOR)
+        largest = torch.full_like(amax, LARGEST)  # by a number CUDA divides through its reciprocal, an ulp away
+        scales = amax.clamp(min=GROUP_FLOOR) / largest if width else (amax / largest).clamp(min=TOKEN_FLOOR)
         codes = (blocks / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return matrix(codes.flatten(1), scales.squeeze(2))
 

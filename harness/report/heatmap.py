@@ -58,11 +58,10 @@ def picture(expected: Expected, got: Tensor, comparison: Comparison, title: str)
     limit = comparison.limit or float(finite.min() if finite.numel() else 1.0)
     top = max(float(finite.max()) if finite.numel() else limit, 2 * limit)
     tokens, columns = z.shape
-    by_expert = expert_tiles(expected, z)
-    panels = [
-        (f"tokens 0..{tokens - 1} (down) x columns 0..{columns - 1}{_per_pixel(z)}", z),
-        (f"experts 0..{len(by_expert) - 1} (down) x tiles of {TILE} columns{_per_pixel(by_expert)}", by_expert),
-    ]
+    panels = [(f"tokens 0..{tokens - 1} (down) x columns 0..{columns - 1}{_per_pixel(z)}", z)]
+    if expected.layer is not None:  # an op beside the whole layer has no experts
+        by_expert = expert_tiles(expected, z, expected.layer.case.shape.experts)
+        panels.append((f"experts 0..{len(by_expert) - 1} (down) x tiles of {TILE} columns{_per_pixel(by_expert)}", by_expert))
     drawn = [(caption, _image(enlarged(colours(pooled(part), limit, top)))) for caption, part in panels]
     kind = "any difference" if comparison.limit == 0 else f"limit {comparison.limit:.3g}"
     bar = (
@@ -81,12 +80,10 @@ def z_of(expected: Expected, got: Tensor) -> Tensor:
     return torch.where(expected.ambiguous[:, None], UNJUDGED, z).float()
 
 
-def expert_tiles(expected: Expected, z: Tensor) -> Tensor:
+def expert_tiles(expected: Expected, z: Tensor, experts: int) -> Tensor:
     """[experts, tiles]: the worst z of every expert's tokens in every tile of columns, UNJUDGED without tokens."""
     tiles = _max_pool(z, (1, TILE))
     ids = expected.routing.ids
-    assert expected.layer is not None  # of a case, which everything judged has
-    experts = expected.layer.case.shape.experts
     found = torch.full((experts, tiles.shape[1]), UNJUDGED)
     index = ids.flatten()[:, None].expand(-1, tiles.shape[1])
     return found.scatter_reduce_(0, index, tiles.repeat_interleave(ids.shape[1], 0), "amax")

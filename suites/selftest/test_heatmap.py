@@ -67,7 +67,7 @@ def test_z_says_what_is_broken_and_what_is_not_judged() -> None:
 def test_an_expert_shows_the_worst_of_its_tokens() -> None:
     z = torch.zeros(5, 160)
     z[2, 130] = 7.0
-    tiles = expert_tiles(expected(), z)
+    tiles = expert_tiles(expected(), z, 6)
     ids = expected().routing.ids
     mine = set(ids[2].tolist())
     assert tiles.shape == (6, 3)

@@ -19,6 +19,7 @@ from harness.twins.base import Twin
 from harness.twins.grouped import GroupedMoe
 from harness.variants import another_order, duplicate_expert, relabelled, shards
 from harness.verdict import Status
+from reference.rounding import Rounding
 
 CASE = Case.parse("moe.bf16.t9.h64.i32.e5.k2.renormalize.swiglu.standard.real.s0")
 
@@ -316,3 +317,12 @@ def test_the_device_of_the_poison_is_the_cases(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_refusal_of_strides_is_told_from_a_crash(error: BaseException, refusal: bool) -> None:
     assert _refuses(error) is refusal
+
+
+def test_rows_are_cut_out_only_where_no_scale_spans_them() -> None:
+    """A scale fitted to the batch: two tokens alone have another one (found by a dynamic per-tensor quantiser on a GPU)."""
+    assert not Rounding(gate_up="bf16", middle="bf16>mxfp8").spans_rows
+    assert Rounding(middle="fp8_tensor").spans_rows
+    assert not Rounding(middle="fp8_tensor", middle_scale=2.0).spans_rows
+    assert Rounding(middle="nvfp4").spans_rows
+    assert not Rounding(x="nvfp4", x_scale=1.0, middle="nvfp4_token").spans_rows
