@@ -74,6 +74,9 @@ class Shape:
     experts: int
     top_k: int
 
+    def __str__(self) -> str:
+        return f"t{self.tokens}.h{self.hidden}.i{self.inter}.e{self.experts}.k{self.top_k}"
+
 
 @dataclass(frozen=True, order=True)
 class Recipe:

@@ -15,7 +15,7 @@ from harness import plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
-from harness.cli_options import Plugins, absolute
+from harness.cli_options import Backends, Plugins, absolute
 from harness.device import version as installed_version
 from harness.errors import MoecheckError, SelectionError
 from harness.plan import Request
@@ -36,6 +36,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 def command(
     requirement: Annotated[str, typer.Argument(metavar="PACKAGE==VERSION", help="The release you want.")],
     since: Annotated[str | None, typer.Option("--from", help="The release you have; default: the installed one.")] = None,
+    backend: Backends = None,
     plugin: Plugins = None,
     resolve: Annotated[bool, typer.Option(help="Ask pip which other packages would move.")] = True,
 ) -> None:
@@ -46,7 +47,8 @@ def command(
     have = since or installed_version(package)
     if not have:
         raise MoecheckError(f"{package} is not installed; say with --from VERSION what you have")
-    backends = discover(absolute(plugin))
+    found = discover(absolute(plugin))
+    backends = {b.name: b for b in plan.chosen(backend or (), found)}
     new = _contract(package, wanted, backends)
     broken = _compare(store.load(package, have), new, backends)
     if resolve:

@@ -109,12 +109,12 @@ def make(
     """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left. A case given by its id is
     planned for the backends that take it, or for the named ones whatever they say. rows: `cover` or its cached twin."""
     tier = config.tier(request.tier, root)
-    chosen = _chosen(request.backends, backends)
+    subjects = chosen(request.backends, backends)
     cases = [Case.parse(case) for case in request.cases if "*" not in case]
     named = bool(request.backends)
-    items = [Item(c.id, b.name) for c in cases for b in chosen if named or b.supports(c, device).ok]
+    items = [Item(c.id, b.name) for c in cases for b in subjects if named or b.supports(c, device).ok]
     if len(cases) < len(request.cases) or not cases:
-        items += _planned(request, chosen, device, root, rows)
+        items += _planned(request, subjects, device, root, rows)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
     if not items:
         raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
@@ -134,7 +134,7 @@ def device_named(platform: config.Platform) -> Device:
     return Device(platform.device, platform.arch)
 
 
-def _chosen(wanted: Iterable[str], backends: Mapping[str, Backend]) -> list[Backend]:
+def chosen(wanted: Iterable[str], backends: Mapping[str, Backend]) -> list[Backend]:
     """The backends of names and patterns with *; all of them without any."""
     matched = [[n for n in backends if fnmatchcase(n, name)] or [known_backend(name, backends).name] for name in wanted]
     names = dict.fromkeys(name for group in matched for name in group)
@@ -147,11 +147,11 @@ def _wanted(item: Item, request: Request) -> bool:
     return not request.cases or any(fnmatchcase(item.case_id, pattern) for pattern in request.cases)
 
 
-def _planned(request: Request, chosen: list[Backend], device: Device, root: Path, rows: Cover) -> list[Item]:
+def _planned(request: Request, subjects: list[Backend], device: Device, root: Path, rows: Cover) -> list[Item]:
     """Grouped by case, so that neighbours share inputs and oracle."""
     platform, tier = config.platform(request.platform, root), config.tier(request.tier, root)
     items = []
-    for backend in chosen:
+    for backend in subjects:
         axes = platform_axes(platform, tier, backend.name, backend.op)
         strength = tier.twins if backend.twin_of and tier.twins else tier.strength
         cases = plan_backend(axes, backend, device, strength, rows)

@@ -156,6 +156,7 @@ FAMILIES = (
         "mxint4", "mxint4_block_scale", mxint4, {"mxint4": SWIGLUS}, {"mxint4": (256, 256)}, "prepare_trtllm_mxint4_weights"
     ),
 )
+MOST_TOP_K = 32  # include/flashinfer/trtllm/fused_moe/RoutingCustomPolicy.cuh of 0.7.2.post1
 HELPERS = tuple(f"flashinfer.{n}" for n in ("reorder_rows_for_gated_act_gemm", "shuffle_matrix_a", "shuffle_matrix_sf_a"))
 HELPERS += (f"{MOE}.convert_to_block_layout",)
 HELPERS += tuple(f"flashinfer.tllm_enums.{n}" for n in ("ActivationType", "RoutingMethodType", "WeightLayout"))
@@ -167,9 +168,15 @@ def prepare(name: str, family: Family, case: Case, inputs: Inputs) -> Launch:
     return bind(name, family.pack(case, inputs), case, inputs)
 
 
+def most_experts(case: Case) -> str | None:
+    """RoutingCustomPolicy.cuh, MaxSupportedTopExperts."""
+    return None if case.shape.top_k <= MOST_TOP_K else f"top_k must be at most {MOST_TOP_K} (MaxSupportedTopExperts)"
+
+
 def limits(family: Family, routed: bool) -> tuple[Limit, ...]:
     """What this form of the entry point refuses."""
     found = [
+        Limit(("top_k",), most_experts),
         Limit(("recipe", "hidden", "inter", "activation"), partial(aligned, family)),
         Limit(("recipe", "activation"), partial(activated, family)),
     ]

@@ -35,7 +35,7 @@ Weights = tuple[Quantized, Quantized | None, Quantized]
 def planned() -> tuple[Case, ...]:
     """Every cheap case with tokens of both tiers and platforms, for the backend with the most recipes."""
     ids = set()
-    for platform, tier in ((p, t) for p in config.names("platforms") for t in ("smoke", "ci")):
+    for platform, tier in ((p, t) for p in ("cpu", "sm90") for t in ("smoke", "ci")):
         request = plan.Request(platform, tier, ("triton_moe",))
         ids |= {i.case_id for i in plan.make(request, discover(), plan.device_named(config.platform(platform))).items}
     return tuple(c for c in map(Case.parse, sorted(ids)) if c.shape.tokens and cost(c) < BUDGET)

@@ -134,7 +134,7 @@ STORED = sorted(filter(readable, twins()))
 def agrees(function: Callable[..., Any], entry: Entry) -> bool:
     """Names, order, what is required or keyword only, and every default that the text of the contract gives away."""
     if entry.values:
-        return all(member.value == entry.values[name] for name, member in function.__members__.items())  # type: ignore[attr-defined]
+        return all(member.value == entry.values.get(name) for name, member in function.__members__.items())  # type: ignore[attr-defined]
     ours = list(inspect.signature(function).parameters.values())
     shape = [(p.name, p.default is p.empty, p.kind is p.KEYWORD_ONLY) for p in ours]
     wanted = [(p.name, p.default is None, p.kind == "keyword") for p in entry.parameters]

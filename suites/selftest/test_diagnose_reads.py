@@ -247,7 +247,7 @@ def test_one_slot_does_not_tell_an_experts_factor_from_a_weight() -> None:
 
 def test_a_faint_mistake_is_named_if_nothing_else_is_left() -> None:
     """Of 16 rows one pre-activation is above the limit."""
-    case = Case.parse("moe.nvfp4.t2.h160.i128.e16.k8.renormalize.swiglu_oai.standard.real.half.s0")
+    case = Case.parse("moe.mxfp4.t2.h160.i128.e16.k8.renormalize.swiglu_oai.standard.real.half.s0")
     b = bench_of(case)
     without = swiglu_bias("without its limit", **{**ACTIVATIONS[case.activation].parameters, "limit": math.inf})
     found = b.diagnosis(b.kernel(activation=without))

@@ -71,7 +71,7 @@ def test_the_command_line_says_what_breaks(moecheck: Callable[..., Any], tmp_pat
         "from dataclasses import replace\nfrom harness.backends.torch_grouped_mm import BACKENDS as B\n"
         "BACKENDS = (replace(B[0], name='mine', entries=('flashinfer.fused_moe.trtllm_mxint4_block_scale_moe',)),)\n"
     )
-    options = ("--no-resolve", "--plugin", str(plugin))
+    options = ("--no-resolve", "--plugin", str(plugin), "--backend", "mine")
     answer = moecheck("preflight", "flashinfer-python==0.6.5", "--from", "0.6.4", *options)
     assert answer.code == 1
     assert "breaks us  flashinfer.fused_moe.trtllm_mxint4_block_scale_moe: changed return" in answer.out
