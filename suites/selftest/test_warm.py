@@ -299,3 +299,7 @@ def test_the_recipes_fit_the_installed_flashinfer(world: World, monkeypatch: pyt
         units = narrowed(spec, [recipe], world.here / name).units
         found[name] = sum(len(instances(unit.source.read_text())) for unit in units if "regrouped" in unit.source.parts)
     assert found == {"w4a16_default": 2, "w4a16": 12, "w4a16_all": 116, "bf16_default": 4, "bf16": 24, "bf16_all": 72}
+    short = manifest(narrowed(spec, [RECIPES["bf16_default"]], world.here / "m"), Path(__file__), "9.0a", [])["instances"]
+    assert short[0].startswith(
+        "Sm90, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, void, EpilogueOpDefault, FINALIZE, 128, 16, 64, 1,"
+    )
