@@ -32,7 +32,7 @@ def explain(name: str, code: int, said: str) -> str:
     elif missing:
         remedy = _header(missing[1] or missing[2])
     elif code < 0 or "Killed" in said or "out of memory" in said:
-        remedy = "the compiler was killed, most likely for memory (up to 7 GB a unit): fewer --jobs; what is built is kept"
+        remedy = "the compiler was killed, most likely for memory (up to 9 GB a unit): fewer --jobs; what is built is kept"
     else:
         remedy = "what is built so far is kept"
     return f"{name}: the compiler ended with {code}: {first.strip()}\n  {remedy}"

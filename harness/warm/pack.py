@@ -16,6 +16,7 @@ from harness.warm.units import instances
 
 # FlashInfer loads <package>/data/aot/NAME/NAME.so before it compiles anything: jit/env.py, FLASHINFER_AOT_DIR.
 _AOT = "flashinfer/data/aot"
+_ARGUMENTS = re.compile(r"(?:template void \w+<|INSTANTIATE_\w+\()(.*?)(?:> \(|\);)", re.DOTALL)
 
 
 def manifest(spec: Spec, library: Path, arch: str, recipes: Sequence[str]) -> dict[str, Any]:
@@ -33,9 +34,9 @@ def manifest(spec: Spec, library: Path, arch: str, recipes: Sequence[str]) -> di
 
 
 def _short(text: str) -> str:
-    """The template arguments of an instantiation, without the words that all of them share."""
-    inside = text[text.index("<" if "template" in text else "(") + 1 :].split("> (")[0].split(");")[0]
-    inside = re.sub(r"\b(?:\w+::)+", "", inside)
+    """The arguments of an instantiation, template's or macro's, without namespaces and line breaks."""
+    found = _ARGUMENTS.search(text)
+    inside = re.sub(r"\b(?:\w+::)+", "", found[1] if found else text)
     return re.sub(r"\s+", " ", re.sub(r"Int<(\d+)>", r"\1", inside)).strip()
 
 

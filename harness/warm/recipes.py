@@ -16,7 +16,7 @@ class Recipe:
     name: str
     module: str
     summary: str
-    group: int  # instantiations a file: 2 of bf16 x FP4 take up to 7.5 GB of memory, 8 more than 10; 8 of bf16 x bf16 5 GB
+    group: int  # instantiations a file: 2 of bf16 x FP4 take up to 7.5 GB of memory, 8 more than 10; 8 of bf16 x bf16 8.3
     kernels: str  # of the moe_gemm_kernels_<acts>_<weights>.cu, those whose last part this matches
     wanted: Callable[[str], bool]  # asked with the text of an explicit instantiation
 

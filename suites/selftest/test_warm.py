@@ -35,7 +35,7 @@ NVCC = """#!/bin/sh
 [ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88" && echo "Build cuda_13.0.r13.0/compiler.0" && exit
 for word; do [ "$last" = -c ] && source="$word"; last="$word"; done
 basename "$source" >> {here}/compiled
-[ -e {here}/hang ] && case "$source" in *binding*) exec sleep 60;; esac
+[ -e {here}/hang ] && case "$source" in *binding*) echo half > "$last"; exec sleep 60;; esac
 [ -e {here}/fail ] && . {here}/fail
 exec c++ -x c++ "$@"
 """
@@ -299,3 +299,7 @@ def test_the_recipes_fit_the_installed_flashinfer(world: World, monkeypatch: pyt
         units = narrowed(spec, [recipe], world.here / name).units
         found[name] = sum(len(instances(unit.source.read_text())) for unit in units if "regrouped" in unit.source.parts)
     assert found == {"w4a16_default": 2, "w4a16": 12, "w4a16_all": 116, "bf16_default": 4, "bf16": 24, "bf16_all": 72}
+    short = manifest(narrowed(spec, [RECIPES["bf16_default"]], world.here / "m"), Path(__file__), "9.0a", [])["instances"]
+    assert short[0].startswith(
+        "Sm90, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, void, EpilogueOpDefault, FINALIZE, 128, 16, 64, 1,"
+    )
