@@ -137,7 +137,7 @@ def logits(case: Case, plain: Tensor) -> Tensor:
     """The layer's logits [tokens, experts] in the type of the recipe's acts; in the edges fill rows in turn with pairs of
     equal logits, all equal, one far above all others, and as they are."""
     if case.fill == "edges":
-        row = torch.arange(case.shape.tokens, device=plain.device)[:, None] % 4
+        row = (torch.arange(case.shape.tokens, device=plain.device)[:, None] + 2) % 4  # a lone token: one far above
         pairs = plain[:, torch.arange(case.shape.experts, device=plain.device) // 2]
         plain = torch.where(row == 0, pairs, plain)
         plain = torch.where(row == 1, plain[:, :1], plain)
