@@ -157,6 +157,13 @@ def sums_in_fp16(case: Case) -> str | None:
     return None
 
 
+def groups_of_32(case: Case) -> str | None:
+    """docs/findings.md, vllm-wna16-few-tokens-groups-of-32: it was refused at every width that was tried on an H200."""
+    if str(case.recipe).startswith("int4_g32") and few_tokens(case):
+        return "moe_wna16_gemm: BLOCK_SIZE_K // group_size must be one of [1, 2, 4, 8] (moe_wna16.cu of 0.25.1)"
+    return None
+
+
 def fewest(case: Case) -> str | None:
     """The same where top_k <= experts decides it already, so that a plan does not look for such pairs."""
     return sums_in_fp16(case) if case.shape.tokens <= SLOTS else None
@@ -199,6 +206,7 @@ BACKENDS = (
             whole_groups("inter"),
             Limit(("fill", "tokens"), fewest),
             Limit(("fill", "tokens", "top_k", "experts"), sums_in_fp16),
+            Limit(("recipe", "tokens", "top_k", "experts"), groups_of_32),
         ),
     ),
 )
