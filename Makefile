@@ -13,7 +13,7 @@ run: $(READY)
 	$(BIN)/moecheck run --tier $(TIER) --verbose
 
 test: lint
-	$(BIN)/python -m pytest suites
+	$(BIN)/python -m pytest suites --platform cpu -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -78,6 +78,8 @@ class Session:
     def _check_resume(self, folder: Path | None) -> None:
         strangers = set() if self.journal is None else self.journal.done - set(self.plan.items)
         if strangers:
+            assert self.journal is not None
+            self.journal.close()  # nobody else is kept out by a run that does not begin
             raise RunFolderError(f"{folder}: its journal holds {len(strangers)} verdicts that are not in its plan")
 
     @property
