@@ -19,8 +19,9 @@ from harness.case import Case, Recipe, Shape
 from harness.dump.read import Dump, DumpError, Member
 from harness.inputs import Inputs
 from harness.twins.libs import _cutlass_modes as cutlass
-from harness.twins.libs._flashinfer_layer import GATED, ActivationType, dense
+from harness.twins.libs._flashinfer_layer import GATED, dense
 from harness.twins.libs.flashinfer_cutlass import cutlass_fused_moe, read_call
+from harness.twins.libs.flashinfer_enums import ActivationType
 from harness.variants import Handed
 from reference.activation import ACTIVATIONS
 from reference.format import Quantized

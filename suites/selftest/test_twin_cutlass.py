@@ -82,7 +82,8 @@ def test_every_activation_passes(backend: str) -> None:
 
 
 def test_a_gated_activation_is_one_to_the_library_too() -> None:
-    from harness.twins.libs._flashinfer_layer import GATED, PLAIN, ActivationType
+    from harness.twins.libs._flashinfer_layer import GATED, PLAIN
+    from harness.twins.libs.flashinfer_enums import ActivationType
 
     for name, member in MEMBERS.items():
         assert (ActivationType[member] in GATED) == ACTIVATIONS[name].gated

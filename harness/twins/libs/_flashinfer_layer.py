@@ -5,31 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from harness.twins.libs.flashinfer_enums import ActivationType
+
 Values = Mapping[str, Tensor]
-
-
-class ActivationType(IntEnum):
-    """flashinfer.tllm_enums.ActivationType of 0.7.2.post1; earlier releases number the members otherwise."""
-
-    Gelu = 0
-    Relu = 1
-    Silu = 2
-    Swiglu = 3
-    Geglu = 4
-    SwigluBias = 5
-    Relu2 = 6
-    SwigluStep = 7
-    GegluTanh = 8
-    Identity = 9
-    Situ = 10
-    InvalidType = 11
-    ClampedRelu2 = 12
 
 
 PLAIN: dict[ActivationType, Callable[[Tensor], Tensor]] = {

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from harness.twins.libs._flashinfer_layer import GATED, ActivationType, activate, dense, expert_rows, finalize
+from harness.twins.libs._flashinfer_layer import GATED, activate, dense, expert_rows, finalize
+from harness.twins.libs.flashinfer_enums import ActivationType
 from reference.layouts.gated_interleave import gated_interleave
 
 ROWS = 32  # of each half in turn

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from harness.twins.libs._cutlass_modes import HALVES, Call, Mode, mode_of
-from harness.twins.libs._flashinfer_layer import GATED, ActivationType, activate, check, dense, expert_rows, finalize
+from harness.twins.libs._flashinfer_layer import GATED, activate, check, dense, expert_rows, finalize
+from harness.twins.libs.flashinfer_enums import ActivationType
 from reference.layouts import sm90_weight_fp4, sm90_weight_fp4_fp8, sm90_weight_int4
 from reference.layouts.sm90_scale_fold import scale_fold
 

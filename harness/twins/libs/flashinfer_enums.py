@@ -73,3 +73,4 @@ class SfLayout(IntEnum):
 
 ENUMS = {e.__name__: e for e in (ActivationType, RoutingMethodType, WeightLayout, Fp8QuantizationType, SfLayout)}
 ENTRIES = {f"flashinfer.tllm_enums.{name}": enum for name, enum in ENUMS.items()}
+ENTRIES["flashinfer.fused_moe.ActivationType"] = ActivationType  # the name it is exported by
