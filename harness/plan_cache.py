@@ -43,9 +43,8 @@ def cached(where: Path | None, tell: Tell, make: Cover = cover) -> Cover:
         key = _key(axes, forbidding, strength)
         path = where / f"{key}.json"
         try:
-            return _read(path, key, axes, forbidding)
-        except FileNotFoundError:
-            pass
+            if path.exists():
+                return _read(path, key, axes, forbidding)
         except (OSError, ValueError, KeyError, TypeError, IndexError, MoecheckError) as error:
             tell(f"{path}: not a plan that can be used ({type(error).__name__}: {error}); planned anew")
         made = make(axes, forbidding, strength)

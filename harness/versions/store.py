@@ -21,7 +21,6 @@ from harness.versions.contracts import Contract, Wanted, extract
 
 ROOT = config.ROOT / "contracts"
 MAX_CONTRACT = 4 << 20  # bytes: the largest stored has 0.2 MB
-MAX_WHEEL = 4 << 30
 DOWNLOAD_S = 1800.0
 
 
