@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness import config, journal, pooled, sanitized
+from harness import config, journal, pooled, run_info, sanitized
 from harness.backends import discover
 from harness.case import Case
 from harness.errors import MoecheckError
@@ -77,6 +78,11 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     """Run what is left of `plan`, print the report, return the exit code (0, 1 or 3); Incomplete if cases are missing. jobs:
     pytest processes (pytest-xdist) that share it."""
     done = len(journal.read(folder))
+    started = time.monotonic()
+    info = run_info.read(folder) or run_info.RunInfo(
+        run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
+    )
+    run_info.write(folder, info)
     watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
     arguments = [
         str(SUITES / "layer"),
@@ -98,6 +104,7 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool,
     if code == pytest.ExitCode.USAGE_ERROR:  # pytest has said why
         return 3
     verdicts = journal.read(folder)
+    run_info.write(folder, info.stopped(time.monotonic() - started, whole=len(verdicts) == len(plan.items)))
     junit.write(folder / "junit.xml", plan.items, verdicts)
     reached = _reached(plan, verdicts)
     coverage.write(folder / "coverage.json", reached)
