@@ -51,6 +51,13 @@ def test_a_recipe_that_the_platform_does_not_plan_is_no_cell() -> None:
     assert "int4_g32_zp" not in of(cells(SM100, kernel(recipes=("bf16", "int4_g32_zp"))), "kernel")
 
 
+def test_the_recipes_of_an_op_are_those_that_the_platform_plans_for_it() -> None:
+    """A router of fp32 logits was no cell: fp32 is no recipe of a layer."""
+    found = matrix(config.platform("sm90"), discover())
+    assert of(found, "flashinfer_fused_topk_deepseek") == {"fp32": (Way.NATIVE, Way.TWIN)}
+    assert set(of(found, "torch_route")) == {"bf16", "fp32"}
+
+
 def test_a_function_has_several_paths() -> None:
     assert same(ENTRY, "flashinfer.trtllm_fp4_block_scale_moe")
     assert not same(ENTRY, "vllm.trtllm_fp4_block_scale_moe")
