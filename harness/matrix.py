@@ -58,7 +58,7 @@ def _of_backend(platform: Platform, backend: Backend, backends: Mapping[str, Bac
         return
     twin = platform.device != "cpu" and f"{backend.name}_twin" in backends
     ways = (Way.NATIVE, Way.TWIN) if twin else (Way.TWIN if _is_twin(backend, backends) else Way.NATIVE,)
-    planned = platform.axes if backend.op not in platform.ops else platform.ops[backend.op]
+    planned = platform.ops.get(backend.op, platform.axes)
     for recipe in (r for r in backend.recipes if r in (planned.recipe or platform.axes.recipe or ())):
         padding = padding_of(platform, (backend.name, *backend.entries), recipe)
         yield Cell(backend.name, backend.library, recipe, ways, backend.activation_format, backend.routings, padding)
