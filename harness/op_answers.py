@@ -22,14 +22,15 @@ from reference.formats import get
 from reference.grid import FLOATS
 from reference.layouts.linear import pack_nibbles
 from reference.rounding import Rounding
-from reference.routing import RULES, legal
+from reference.routing import RULES, Rule, legal
+from reference.routing.flat import normalized
 
 FLOAT32 = 4  # bytes
 # Relative error of a weight or a silu in fp32: __expf 2 + |1.16 x| ulp, __fdividef 2 (CUDA C++ Programming Guide, intrinsic
 # functions), of up to 8 terms: 16 ulp of 2**-24.
 FAST_FP32 = 2.0**-20
 TANH_APPROX = 2.0**-11  # PTX ISA, tanh.approx.f32: largest relative error
-SIGMOID = 2.0**-24  # absolute, of tanhf(x / 2) / 2 + 0.5 (FlashInfer noAuxTcKernels.cu sigmoid_accurate): half an ulp of 1
+SIGMOID = 2.0**-24  # absolute, of tanhf(x / 2) / 2 + 0.5 (FlashInfer noAuxTcKernels.cu sigmoid_accurate): half an ulp below 1
 LEAST = 2.0**-126  # fp32 kernels flush what is smaller
 
 
@@ -149,14 +150,34 @@ def _route(case: Case, inputs: Inputs, rounding: Rounding) -> Answer:
     rule = RULES[case.routing]
     if rule.score is torch.sigmoid:
         scores = rule.scores(inputs.logits, inputs.bias)[0].gather(1, ids)
-        variance += (value / scores.clamp(min=LEAST) * SIGMOID).square()
+        variance += (value / scores.clamp(min=LEAST) * _sigmoid_error(rounding)).square()
     exact = case.exact and torch.equal(rounding.at("routing_weight", value), value)
-    truth = packed(ids, value.to(dtype))
+    truth, due = packed(ids, value.to(dtype)), (ids, value)
+    if _sums(rule, rounding):  # what the scores' errors leave untouched
+        value, variance = (
+            with_sum(value),
+            torch.cat((variance, (rule.scale * FAST_FP32) ** 2 * torch.ones_like(value[:, :1])), 1),
+        )
     wrong = {"zeros": torch.zeros_like(truth)} | _next_row(truth)
     if experts > case.shape.top_k:
         wrong["next_expert"] = packed((ids + 1) % experts, value.to(dtype))
     impostors = {name: w for name, w in wrong.items() if not torch.equal(w, truth) or name == "zeros"}
-    return Answer(value, variance.sqrt(), exact, impostors, lambda output: _weights(case, inputs, (ids, value), output))
+    return Answer(value, variance.sqrt(), exact, impostors, lambda output: _weights(case, inputs, due, output, rounding))
+
+
+def _sigmoid_error(rounding: Rounding) -> float:
+    """Absolute: half an ulp below 1 of the type in which the score is declared to leave the function, fp32 without one."""
+    return SIGMOID if rounding.activated is None else float(FLOATS[rounding.activated].ulp(torch.tensor(0.75).double())) / 2
+
+
+def _sums(rule: Rule, rounding: Rounding) -> bool:
+    """Is the sum of a token's weights judged too? Scores of less than fp32 leave it as exact as a division is."""
+    return rounding.activated is not None and rule.weigh is normalized
+
+
+def with_sum(weights: Tensor) -> Tensor:
+    """[tokens, top_k + 1]: a token's weights and their sum."""
+    return torch.cat((weights, weights.sum(1, keepdim=True)), 1)
 
 
 def packed(ids: Tensor, weights: Tensor) -> Tensor:
@@ -164,7 +185,7 @@ def packed(ids: Tensor, weights: Tensor) -> Tensor:
     return torch.cat((ids.int(), weights.contiguous().view(torch.int32)), 1)
 
 
-def _weights(case: Case, inputs: Inputs, due: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+def _weights(case: Case, inputs: Inputs, due: tuple[Tensor, Tensor], output: Tensor, rounding: Rounding) -> Tensor:
     """float64 [tokens, top_k]: the weights in ascending order of their experts, NaN where the expert is a wrong one. Another
     selection that is as right (`reference.routing.legal`) counts as the reference's, its weights as far from their own."""
     ids, weights = due
@@ -173,12 +194,14 @@ def _weights(case: Case, inputs: Inputs, due: tuple[Tensor, Tensor], output: Ten
     given, got = given.gather(1, order), held.contiguous().view(torch.float32).double().gather(1, order)
     rule, wrong = RULES[case.routing], given != ids
     if wrong.any():
-        allowed = legal(rule, inputs.logits, inputs.bias, given) & wrong.any(-1)
+        delta = None if rounding.activated is None else 2 * _sigmoid_error(rounding)  # of two scores
+        allowed = legal(rule, inputs.logits, inputs.bias, given, delta) & wrong.any(-1)
         scores, _ = rule.scores(inputs.logits, inputs.bias)
         theirs = rule.weigh(scores.gather(1, given.clamp(0, case.shape.experts - 1))) * rule.scale
         got = torch.where(allowed[:, None], got - theirs + weights, got)
         wrong &= ~allowed[:, None]
-    return torch.where(wrong, torch.nan, got)
+    got = torch.where(wrong, torch.nan, got)
+    return with_sum(got) if _sums(rule, rounding) else got
 
 
 def _next_row(output: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from harness.worker.supervisor import Supervisor
 T = TypeVar("T")
 R = TypeVar("R")
 PLUGIN = "harness.faults.catalogue"
-LIMIT_S = 20.0  # a clean twin's slowest case of tier ci takes 3 s on a busy core; a fault that hangs costs this, three times
+HANG_S = 20.0  # what a fault that hangs costs, three times; any other may take what the tier gives: a busy machine is no kill
 SHUFFLE = 0  # seed of the order of a plan: neighbours in the list are alike, and a fault should meet different cases soon
 
 
@@ -101,6 +101,8 @@ class Campaign:
                 plans[fault.clean.name] = self.items(fault.clean)
 
         def one(worker: Supervisor, fault: Fault) -> Score:
+            worker.limit_s = HANG_S if {"death", "hung"} & set(fault.expect) else config.tier(self.tier).limit_s
+
             def judge(case_id: str, subject: str) -> Verdict:
                 return worker.judge(Case.parse(case_id), subject)
 
@@ -140,8 +142,8 @@ def _workers(campaign: Campaign, logs: Path) -> Iterator[list[Supervisor]]:
         for number in range(campaign.jobs):
             folder = logs / str(number)
             folder.mkdir()
-            found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, LIMIT_S))
             tier = config.tier(campaign.tier)
+            found.append(Supervisor(campaign.device, (PLUGIN, *campaign.plugins), folder, tier.limit_s))
             found[-1].checks, found[-1].repeats = tier.checks, tier.repeats
             found[-1].rules = True
         yield found

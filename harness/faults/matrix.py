@@ -65,6 +65,8 @@ def summary(scores: Sequence[Score], runs: Sequence[CleanRun]) -> list[str]:
         )
     lines += [f"  named wrongly: {s.fault.name}: {kind} in {case}" for s in killed for kind, case in s.lies.items()]
     lines += [f"  survived: {s.fault.name}: {s.fault.text}" for s in scores if not s.kills]
+    if strays := [(s.fault.name, text) for s in scores for text in s.strays]:
+        lines.append(f"{len(strays)} deaths did not come again and count for nothing, e.g. {strays[0][0]}: {strays[0][1]}")
     lines.append(f"clean subjects: {verdicts} verdicts, {alarms} alarms")
     for rule, title in SHOWN.items():
         caught = sum(s.caught_by(rule) for s in scores)
@@ -97,6 +99,7 @@ def as_json(scores: Iterable[Score], runs: Iterable[CleanRun]) -> dict[str, Any]
             "rejected_by": dict(s.rejected),
             "named": s.named,
             "wrong_names": s.lies,
+            "strays": s.strays,
         }
         for s in scores
     ]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from harness.case import Case
 from harness.diagnose import KINDS
@@ -61,11 +62,16 @@ def said(verdict: Verdict) -> str:
     return verdict.findings[0].check if verdict.findings else verdict.status.lower()
 
 
+def _died(verdict: Verdict) -> bool:
+    return any(finding.check == "death" for finding in verdict.findings)
+
+
 @dataclass
 class Score:
     """One fault's record. killed: lane -> verdicts that rejected it; fills: the same by fill; first: the case of the first
     kill, `after` so many verdicts and `seconds`; names: what killing verdicts called it; lies: diagnoses untrue of it;
-    rejected: acceptance rule in use -> of so many `outputs` those that it would have rejected."""
+    rejected: acceptance rule in use -> of so many `outputs` those that it would have rejected; strays: deaths, in words, that
+    the fault does not explain and that did not come again."""
 
     fault: Fault
     verdicts: int = 0
@@ -79,6 +85,7 @@ class Score:
     fills: Counter[str] = field(default_factory=Counter)
     outputs: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    strays: list[str] = field(default_factory=list)
 
     def add(self, verdict: Verdict) -> None:
         """Count one verdict; UNTRUSTED ones are nobody's kill."""
@@ -100,6 +107,15 @@ class Score:
         self.names[name] += 1
         if verdict.diagnosis is not None and name not in (*self.fault.expect, *LITERAL, "unexplained"):
             self.lies.setdefault(name, verdict.case_id)
+
+    def settled(self, verdict: Verdict, again: Callable[[], Verdict]) -> Verdict:
+        """The verdict, or after an unexplained death the one of another try: a machine without memory is nobody's kill."""
+        if not _died(verdict) or "death" in self.fault.expect:
+            return verdict
+        second = again()
+        if not _died(second):
+            self.strays.append(f"{verdict.case_id}: {verdict.reason}")
+        return second
 
     def pool(self, verdicts: Iterable[Verdict]) -> None:
         """Count what only all verdicts of the plan together show."""
@@ -133,7 +149,8 @@ def score(fault: Fault, items: Iterable[Item], judge: Callable[[str, str], Verdi
     """Judge the fault on the clean twin's plan."""
     result, verdicts = Score(fault), []
     for item in items:
-        verdicts.append(judge(item.case_id, fault.name))
+        ask = partial(judge, item.case_id, fault.name)
+        verdicts.append(result.settled(ask(), ask))
         result.add(verdicts[-1])
         if (until is Until.FIRST and result.kills) or (until is Until.ENOUGH and result.done):
             return result

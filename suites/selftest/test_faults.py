@@ -144,6 +144,16 @@ def test_untrusted_and_skipped_verdicts_kill_nothing() -> None:
     assert (result.verdicts, result.kills) == (0, 0)
 
 
+@pytest.mark.parametrize(("expect", "deaths", "kills", "strays"), [("zeros", 1, 0, 1), ("zeros", 9, 1, 0), ("death", 1, 1, 0)])
+def test_a_death_that_the_fault_does_not_explain_must_come_twice(expect: str, deaths: int, kills: int, strays: int) -> None:
+    """A full machine killed workers now and then, and each counted as a kill."""
+    died = verdict(Status.CRASHED, findings=(Finding("death", ""),))
+    passed = verdict(Status.PASSED, comparison=replace(comparison("real", beyond=0), mean_z2=1.0))
+    answers = iter([died] * deaths + [passed] * 9)
+    result = score(replace(FAULTS[0], expect=(expect,)), [Item(CASES[0], "sut")], lambda *_: next(answers))
+    assert (result.kills, len(result.strays)) == (kills, strays)
+
+
 def test_a_score_stops_when_both_fills_have_spoken() -> None:
     asked: list[str] = []
 

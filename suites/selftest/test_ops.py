@@ -207,6 +207,12 @@ def deepseek(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> dict[
     return {name: fused_topk_deepseek}
 
 
+def scores_off_by(error: float, weights: Tensor) -> Tensor:
+    """Scores alternately too large and too small, then normalised: the sum of a token's weights stays."""
+    off = weights * (1 + error * torch.tensor([1.0, -1.0]).repeat(weights.shape[1] // 2))
+    return off * (weights.sum(1, keepdim=True) / off.sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("change", "passes"),
     [
@@ -215,6 +221,8 @@ def deepseek(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> dict[
         (lambda w, i: (w, (i + 1) % 64), False),
         (lambda w, i: (w / 2.5, i), False),  # the routed scaling factor left out
         (lambda w, i: (w * (1 + 2.0**-12), i), False),  # 0.02 %: a tolerance of 1e-3 passes it
+        (lambda w, i: (scores_off_by(2.0**-13, w), i), True),  # tanh.approx.f32 gives no more than that
+        (lambda w, i: (scores_off_by(2.0**-9, w), i), False),
     ],
 )
 def test_a_router_may_order_its_experts_and_nothing_else(change: Callable[..., Any], passes: bool) -> None:
