@@ -31,7 +31,7 @@ def _selectable(text: str) -> bool:
 
     Source: cutlass_heuristic.cpp, sm90_supports_coop: one schedule a tile, the other is never asked for.
     """
-    if "__nv_bfloat16, SafeFP4, __nv_bfloat16" not in text:
+    if re.search(r"__nv_bfloat16, (SafeFP4|__nv_fp4_e2m1), __nv_bfloat16", text) is None:  # the second name until 0.6.15
         return False
     tile = _shape(text)[:3]
     return ("KernelTmaWarpSpecializedCooperative" in text) == (tile[0] >= 128 and tile != (128, 128, 512))
