@@ -317,6 +317,28 @@ def test_the_command_line_prints_the_folder(
     assert "wanted PACKAGE==VERSION" in moecheck("overlay", TOY).err
 
 
+def test_preflight_says_what_else_moves(moecheck: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.cli_preflight.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    wheel(tmp_path, "flashinfer-python", "0.6.5", needs=("iniconfig<1", "moecheck-dep", "torch<2"))
+    for name, version in (("iniconfig", "0.5"), ("moecheck-dep", "3.0"), ("torch", "1.0")):
+        wheel(tmp_path, name, version)
+    options = ("preflight", "flashinfer-python==0.6.5", "--from", "0.6.4", "--backend", "torch_grouped_mm")
+    answer = moecheck(*options, "--wheelhouse", str(tmp_path))
+    assert answer.code == 0, answer.err
+    assert f"moves iniconfig {metadata.version('iniconfig')} -> 0.5, a downgrade\n" in answer.out
+    assert "moves moecheck-dep none -> 3.0\n" in answer.out
+    assert f"moves torch {metadata.version('torch')} -> 1.0, a downgrade\n" in answer.out
+    cut = moecheck(*options, "--index", "http://127.0.0.1:9/simple")
+    assert cut.code == 0
+    assert (
+        "which other packages move is not known: flashinfer-python==0.6.5: the index http://127.0.0.1:9/simple cannot be"
+        in cut.out
+    )
+    wheel(tmp_path, "flashinfer-python", "0.6.5", needs=("moecheck-absent",))
+    assert "does not resolve" in moecheck(*options, "--wheelhouse", str(tmp_path)).err
+
+
 def test_the_real_index_lists_flashinfer_with_dates() -> None:
     try:
         listed = wheelhouse.releases("flashinfer-python", Source())
