@@ -22,6 +22,7 @@ from zipfile import ZipFile
 import pytest
 
 from harness.errors import CannotTell, MoecheckError, OverlayError
+from harness.select import Item
 from harness.versions import base, env, wheelhouse
 from harness.versions.axes import releases
 from harness.versions.env import Overlay, Source, make, resolve
@@ -144,6 +145,14 @@ def test_an_entry_point_that_is_not_there(cache: Path, wheels: Path) -> None:
     importable(overlay, ("moecheck_toy.VERSION", "elsewhere.function"))
     with pytest.raises(CannotTell, match=r"moecheck-toy==1\.0: it has no moecheck_toy\.sub\.layer"):
         importable(overlay, ("moecheck_toy.sub.layer",))
+
+
+def test_an_overlay_over_which_moecheck_does_not_run(cache: Path, tmp_path: Path) -> None:
+    wheel(tmp_path, "packaging", "99.0", {"packaging/__init__.py": "raise ImportError('another world')\n"})
+    wheel(tmp_path, TOY, "1.0", needs=("packaging==99.0",))
+    overlay = make({TOY: "1.0"}, Source(wheelhouse=tmp_path), cache)
+    with pytest.raises(CannotTell, match=r"does not run over .*packaging==99\.0: exit status 1: ImportError: another world"):
+        env.judge(overlay, Item("moe.bf16.t3.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0", "torch_grouped_mm"), "cpu")
 
 
 def test_the_three_wheels_of_flashinfer_move_together(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
