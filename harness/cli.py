@@ -21,8 +21,10 @@ from rich.table import Column, Table
 from harness import (
     __version__,
     cli_audit,
+    cli_bisect,
     cli_bundle,
     cli_list,
+    cli_overlay,
     cli_preflight,
     cli_versions,
     cli_warm,
@@ -55,7 +57,8 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
-app.command()(cli_versions.bisect)
+app.command("bisect")(cli_bisect.command)
+app.command("overlay")(cli_overlay.command)
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 
