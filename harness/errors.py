@@ -7,6 +7,8 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- PluginError               a plugin that does not import, declares nothing, or lies about what it is
 |-- SelectionError            nothing left to run
 |-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+|-- OverlayError              an overlay of other releases that cannot be made now: no network, no room, no uv
+|-- CannotTell                a release that cannot be tested here, and why; a bisect steps around it
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
@@ -61,3 +63,17 @@ class BundleError(MoecheckError):
 
 class WarmError(MoecheckError):
     """A JIT module that cannot be built on this machine; the message says what is missing and where it comes from."""
+
+
+class OverlayError(MoecheckError):
+    """Nothing was learnt of any release: no network, a full disk, no uv. Worth another try, so no search may take it for an
+    answer."""
+
+
+class CannotTell(MoecheckError):
+    """This release cannot be tested here; `reason` says why: no wheel, a broken or a yanked one, no way to resolve or import
+    it, no such entry point."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

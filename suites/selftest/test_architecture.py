@@ -63,6 +63,7 @@ ENVIRONMENT_READERS = {
     "harness/worker/child.py",
     "harness/backends/triton_moe.py",
     "harness/bundle/facts.py",
+    "harness/versions/judging.py",
     "harness/warm/specs_child.py",
 }
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
