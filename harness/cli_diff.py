@@ -33,7 +33,7 @@ def command(
     """New failures, fixed, changed statuses and diagnoses, drift, lost cells; exit 1 at a new failure or a lost cell."""
     changes = compare(journal.read_from(before), journal.read_from(after))
     if json_file is not None:
-        write(json_file, changes)
+        written(json_file, json.dumps(changes.to_json(), indent=1, allow_nan=False) + "\n")
     for path, letter in ((before, "A"), (after, "B")):
         out.print(f"{letter}: {path}{_when(path)}", markup=False)
     for line, style in told(changes, None if every else SHOWN):
@@ -45,14 +45,14 @@ def command(
     raise typer.Exit(REGRESSED if changes.regressed else CLEAN)
 
 
-def write(path: Path, changes: Changes) -> None:
-    """The changes as JSON, whole or not at all."""
+def written(path: Path, text: str, option: str = "--json") -> None:
+    """Write the file whole or not at all. MoecheckError where it cannot be."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(changes.to_json(), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text)
         temporary.replace(path)
     except OSError as error:
-        raise MoecheckError(f"--json {path}: cannot be written: {error.strerror}; choose another file") from error
+        raise MoecheckError(f"{option} {path}: cannot be written: {error.strerror}; choose another file") from error
 
 
 def _when(path: Path) -> str:

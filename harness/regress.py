@@ -148,13 +148,16 @@ def _kind(was: Verdict | None, now: Verdict) -> str | None:
         return None
     if was.status is not now.status:
         return "fixed" if was.status.failed and now.status is Status.PASSED else "status"
-    if now.status.failed and _failure(was) != _failure(now):
+    if now.status.failed and failure(was) != failure(now):
         return "diagnosis"
     return None
 
 
-def _failure(verdict: Verdict) -> tuple[str, str]:
-    return signature(verdict), verdict.diagnosis.kind if verdict.diagnosis else ""
+def failure(verdict: Verdict) -> str:
+    """What kind of failure, its diagnosis included: two releases with one such text fail alike."""
+    said = signature(verdict)
+    kind = verdict.diagnosis.kind if verdict.diagnosis else ""
+    return said if not kind or said.endswith(f" {kind}") else f"{said}, {kind}"
 
 
 def _said(verdict: Verdict | None) -> str:

@@ -170,11 +170,11 @@ class Command:
     def __init__(self, command: Sequence[str], limit_s: float, code: int | None = None) -> None:
         self._command, self._limit_s, self._code = tuple(command), limit_s, code
 
-    def __call__(self, version: str) -> Outcome:
-        """Run it once."""
+    def __call__(self, version: str, environment: Mapping[str, str] | None = None) -> Outcome:
+        """Run it once; `environment` replaces this process's."""
         command = [part.replace("{version}", version) for part in self._command]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=self._limit_s, check=False)
+            done = subprocess.run(command, capture_output=True, timeout=self._limit_s, check=False, env=environment)
         except subprocess.TimeoutExpired:
             return Outcome(Answer.UNKNOWN, f"no end within {self._limit_s:g} s")
         except OSError as error:
