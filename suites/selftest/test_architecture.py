@@ -44,6 +44,7 @@ CORE = (
     "ratio",
     "regress",
     "relations",
+    "returned",
     "select",
     "shrink",
     "space",
