@@ -22,10 +22,12 @@ from harness import (
     __version__,
     cli_attribute,
     cli_audit,
+    cli_bisect,
     cli_bundle,
     cli_diff,
     cli_list,
     cli_matrix_versions,
+    cli_overlay,
     cli_preflight,
     cli_versions,
     cli_warm,
@@ -61,7 +63,8 @@ app.command("diff")(cli_diff.command)
 app.command("matrix-versions")(cli_matrix_versions.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
-app.command()(cli_versions.bisect)
+app.command("bisect")(cli_bisect.command)
+app.command("overlay")(cli_overlay.command)
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 

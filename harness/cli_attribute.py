@@ -12,68 +12,61 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from harness.backends import discover
-from harness.case import Case
+from harness import config
+from harness.cli_bisect import subject
 from harness.cli_diff import written
-from harness.cli_options import Platform, Plugins
+from harness.cli_options import Allow, Index, Platform, Plugins, Wheelhouse
 from harness.errors import MoecheckError
-from harness.plan import known_backend
 from harness.reading import printable
-from harness.select import Item
-from harness.session import detected_platform
-from harness.versions import env, judging
+from harness.versions import env
 from harness.versions.attribute import Attribution, attribute
-from harness.versions.bisect import Command, Journal, Question, Run
+from harness.versions.bisect import Command, Journal, Question, Run, Try
+from harness.versions.cases import Judged
 from harness.versions.search import EXACT, Answer, Model
-from harness.versions.upgrade import AS_IT_WAS, ByCase, ByCommand, Overlays, Recorded, Trial, Upgrade, pins
+from harness.versions.upgrade import AS_IT_WAS, Overlays, Recorded, Upgrade, pins
+from harness.versions.uv import PYPI
 
 FOUND, NO_ANSWER = 0, 2
+OWN = "{pins}"  # in a command that makes its own environment
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
-
-Wheelhouse = Annotated[
-    Path | None, typer.Option(help="Folder of wheels to take releases from; no index is asked.", exists=True, file_okay=False)
-]
-Index = Annotated[str, typer.Option(help="Index to take releases from.")]
-Allow = Annotated[list[str] | None, typer.Option(help="Package that may be replaced although it is held; repeatable.")]
 
 
 def command(  # noqa: PLR0913 - typer turns parameters into options
     before: Annotated[str, typer.Option("--from", help="What works: 'a==1,b==2'.")],
     after: Annotated[str, typer.Option("--to", help="What does not: 'a==3,b==4'.")],
-    case: Annotated[str | None, typer.Option("--case", "-c", help="Case id that fails.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", "-b", help="Backend that it fails on.")] = None,
+    case: Annotated[str | None, typer.Option("--case", "-c", help="Case id, judged over each set.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", "-b", help="Backend that --case is judged on.")] = None,
     test: Annotated[
         str | None,
-        typer.Option("--command", help="Your test, run over each overlay; {pins} is replaced. 0 good, 125 cannot tell."),
+        typer.Option("--command", help="Your test, run over the overlay of each set: exit 0 good, 125 cannot tell, else bad."),
     ] = None,
     platform: Platform = None,
     plugin: Plugins = None,
     wheelhouse: Wheelhouse = None,
-    index: Index = env.Source.index,
+    index: Index = PYPI,
     allow: Allow = None,
     once: Annotated[bool, typer.Option("--once", help="The failure is known not to be flaky: run each set once.")] = False,
     journal: Annotated[Path | None, typer.Option(help="File that every run is written to, and resumed from.")] = None,
-    limit: Annotated[float, typer.Option(help="Seconds one run may take.", min=0.1)] = 600.0,
+    limit: Annotated[float, typer.Option(help="Seconds one run may take.", min=0.1, max=config.MAX_LIMIT_S)] = 600.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the answer and every run here.")] = None,
 ) -> None:
     """Which package, or which minimal set of them, breaks it: delta debugging over what an upgrade moves."""
-    if (case is None) == (test is None) or (case is None) != (backend is None):
+    if (case is None) == (test is None):
         raise MoecheckError("give either --case ID and --backend NAME, or --command CMD")
     upgrade = Upgrade(pins(before, "--from"), pins(after, "--to"))
     if not upgrade.changed:
         raise MoecheckError(f"--from {before} and --to {after} are the same versions; nothing moves")
-    overlays = Overlays(upgrade, env.Source(index, wheelhouse, tuple(allow or ())), env.cache_folder())
-    asked = test or f"{backend}:{case}"
+    item, terms = subject(case, backend, platform, tuple(plugin or ()), limit)
+    overlays = Overlays(env.Source(index, wheelhouse and wheelhouse.absolute(), tuple(allow or ())), env.cache_folder())
+    asked = test or f"{backend} on {case}"
     record = None if journal is None else Journal(journal, Question("-", before, after, asked, by="attribute"))
     try:
-        seen = next((r.text for r in record.runs if r.answer is Answer.BAD), "") if record else ""
-        if case is not None and backend is not None:
-            terms = _terms(backend, platform, plugin, limit)
-            trial: Trial = ByCase(overlays, Item(Case.parse(case).id, backend), terms, seen)
-        else:
-            trial = ByCommand(overlays, _command(asked, limit, seen), "{pins}" in asked)
-        asking = Recorded(upgrade, trial, record, _watch)
+        seen = next((r.text for r in record.runs if r.answer is Answer.BAD), None) if record else None
+        attempt: Try = _command(asked, limit, seen, overlays)
+        if item is not None:
+            attempt = Judged("-", overlays, item, terms, seen)
+        asking = Recorded(upgrade, attempt, record, _watch)
         found = attribute(upgrade.changed, asking, EXACT if once else Model())
     finally:
         if record is not None:
@@ -85,19 +78,15 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     raise typer.Exit(FOUND if found.causes else NO_ANSWER)
 
 
-def _terms(backend: str, platform: str | None, plugin: list[str] | None, limit: float) -> judging.Terms:
-    plugins = tuple(plugin or ())
-    entries = known_backend(backend, discover(plugins)).entries
-    return judging.Terms(platform or detected_platform(), plugins, limit, entries=entries)
+def _command(text: str, limit: float, seen: str | None, overlays: Overlays) -> Command:
+    """One that names {pins} makes its own environment."""
+    words = shlex.split(text.replace(OWN, "{version}"))
+    code = int(seen.removeprefix("exit ")) if seen and seen.startswith("exit ") else None
+    return Command(words, limit, code, None if OWN in text else overlays)
 
 
-def _command(text: str, limit: float, seen: str) -> Command:
-    code = int(seen.removeprefix("exit ")) if seen else None
-    return Command(shlex.split(text.replace("{pins}", "{version}")), limit, code)
-
-
-def _watch(run: Run) -> None:
-    err.print(f"{run.answer:11} {run.seconds:7.2f} s  {run.version}  {printable(run.text)[:160]}", markup=False)
+def _watch(label: str, run: Run) -> None:
+    err.print(f"{run.answer:11} {run.seconds:7.2f} s  {label}  {printable(run.text)[:160]}", markup=False)
 
 
 def told(upgrade: Upgrade, found: Attribution) -> Iterator[str]:

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from rich.console import Console
 from rich.table import Table
 
 from harness import plan
 from harness.backends import discover
-from harness.cli_attribute import Allow, Index, Wheelhouse
 from harness.cli_diff import written
-from harness.cli_options import Backends, Cases, Ops, Platform, Plugins, TierName
+from harness.cli_options import Allow, Backends, Cases, Index, Ops, Platform, Plugins, TierName, Wheelhouse
 from harness.errors import CannotTell, MoecheckError, RunFolderError
 from harness.plan import Plan, Request
 from harness.reading import printable
 from harness.select import Item
 from harness.session import detected_platform, device_of
-from harness.versions import env, judging, store, window
-from harness.versions.bisect import between
+from harness.versions import axes, env, store, window
+from harness.versions.judging import judge_all
+from harness.versions.uv import PYPI
 
 CLEAN, KERNEL_FAILED = 0, 1
 out = Console(soft_wrap=True, highlight=False)
@@ -44,7 +43,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     case: Cases = None,
     plugin: Plugins = None,
     wheelhouse: Wheelhouse = None,
-    index: Index = env.Source.index,
+    index: Index = PYPI,
     allow: Allow = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Folder for each release's journal; the same command goes on from it.")
@@ -56,14 +55,14 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     """Judge one plan over every release: which cases fail since when, until when. Exit 1 if any fails anywhere."""
     if not any((case, backend, tier, op)):
         raise MoecheckError("say which cases: --case ID, --backend NAME, --op NAME or --tier NAME")
-    chosen = _versions(package, versions, good, bad, wheelhouse)
+    source = env.Source(index, wheelhouse and wheelhouse.absolute(), tuple(allow or ()))
+    chosen = columns(package, versions, good, bad, source)
     backends, ops, cases, plugins = (tuple(given or ()) for given in (backend, op, case, plugin))
     request = Request(platform or detected_platform(), tier or "smoke", backends, ops, cases, plugins, limit)
     found = discover(request.plugins)
     the_plan = plan.make(request, found, device_of(request.platform))
     entries = tuple(sorted({e for i in the_plan.items for e in found[i.subject].entries}))
-    terms = judging.Terms(request.platform, request.plugins, the_plan.limit_s, the_plan.checks, the_plan.repeats, entries)
-    source = env.Source(index, wheelhouse, tuple(allow or ()))
+    terms = env.Terms(request.platform, request.plugins, the_plan.limit_s, the_plan.checks, the_plan.repeats, entries)
     with tempfile.TemporaryDirectory(prefix="moecheck-") as scratch:
         folder = _folder(out_dir, the_plan) if out_dir is not None else Path(scratch)
         releases = [_release(package, v, source, the_plan.items, terms, folder / v) for v in chosen]
@@ -75,8 +74,8 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     raise typer.Exit(KERNEL_FAILED if any(r.bad(i) for r in releases for i in the_plan.items) else CLEAN)
 
 
-def _versions(package: str, versions: str | None, good: str | None, bad: str | None, wheelhouse: Path | None) -> list[str]:
-    """The columns. MoecheckError unless exactly one way to name them is used, and each is a version."""
+def columns(package: str, versions: str | None, good: str | None, bad: str | None, source: env.Source) -> list[str]:
+    """The releases of the table. MoecheckError unless exactly one way to name them is used, and each is a version."""
     if (versions is None) == (good is None and bad is None) or (good is None) != (bad is None):
         raise MoecheckError("say which releases: --versions a,b,c, or --good V --bad V")
     if versions is not None:
@@ -84,26 +83,9 @@ def _versions(package: str, versions: str | None, good: str | None, bad: str | N
         if not named or len({store.parsed(v) for v in named}) < len(named):
             raise MoecheckError(f"--versions {versions!r}: wanted at least one release, each once")
         return named
-    assert good is not None
-    assert bad is not None
-    known = _in_wheelhouse(package, wheelhouse) if wheelhouse is not None else list(store.releases(package))
-    if not known:
-        raise MoecheckError(f"{package}: no release is known here; name them with --versions a,b,c")
-    newest = known[-1]
-    ends = sorted((newest if v == "newest" else v for v in (good, bad)), key=store.parsed)
-    return list(between(known, *ends))
-
-
-def _in_wheelhouse(package: str, wheelhouse: Path) -> list[str]:
-    found = set()
-    for path in wheelhouse.glob("*.whl"):
-        try:
-            name, version, *_ = parse_wheel_filename(path.name)
-        except InvalidWheelFilename:
-            continue
-        if name == canonicalize_name(package):
-            found.add(version)
-    return [str(v) for v in sorted(found)]
+    known = axes.releases(package, source, env.cache_folder(), lambda text: err.print(f"moecheck: {text}", markup=False))
+    ends = sorted((known.end(v) for v in (good, bad) if v is not None), key=store.parsed)
+    return list(known.span(*ends))
 
 
 def _folder(out_dir: Path, the_plan: Plan) -> Path:
@@ -123,11 +105,11 @@ def _folder(out_dir: Path, the_plan: Plan) -> Path:
 
 
 def _release(
-    package: str, version: str, source: env.Source, items: Sequence[Item], terms: judging.Terms, folder: Path
+    package: str, version: str, source: env.Source, items: Sequence[Item], terms: env.Terms, folder: Path
 ) -> window.Release:
     try:
         overlay = env.make({package: version}, source, env.cache_folder())
-        verdicts = judging.judge_all(overlay, items, terms, folder)
+        verdicts = judge_all(overlay, items, terms, folder)
     except CannotTell as error:
         err.print(f"{package} {version}: cannot tell: {printable(error.reason)}", markup=False)
         return window.Release(version, reason=printable(error.reason))

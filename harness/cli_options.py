@@ -22,3 +22,6 @@ Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", callback=absolute, help="Python file or module that defines BACKENDS or FAULTS; repeatable."),
 ]
+Wheelhouse = Annotated[Path | None, typer.Option(help="Folder of wheels: nothing is fetched from an index.")]
+Index = Annotated[str, typer.Option(help="Package index.", envvar="UV_DEFAULT_INDEX")]
+Allow = Annotated[list[str] | None, typer.Option(help="torch or triton: an overlay may replace it; repeatable.")]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -15,32 +12,34 @@ from harness import plan
 from harness.backends import discover
 from harness.backends.base import Backend
 from harness.case import Case
-from harness.cli_options import Backends, Plugins, absolute
+from harness.cli_options import Backends, Index, Plugins, Wheelhouse, absolute
 from harness.device import version as installed_version
-from harness.errors import MoecheckError, SelectionError
+from harness.errors import MoecheckError, OverlayError, SelectionError
 from harness.plan import Request
-from harness.reading import printable
 from harness.session import device_of
 from harness.versions import store
 from harness.versions.contracts import Contract
 from harness.versions.diff import Effect, diff
+from harness.versions.env import Source, cache_folder, resolve
 from harness.versions.preflight import preflight
+from harness.versions.uv import PYPI
 
 CLEAN, BROKEN = 0, 1
 CASES = 1  # of each backend: its calls differ little between cases
-RESOLVE_S = 300.0
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def command(
+def command(  # noqa: PLR0913 - typer turns parameters into options
     requirement: Annotated[str, typer.Argument(metavar="PACKAGE==VERSION", help="The release you want.")],
     since: Annotated[str | None, typer.Option("--from", help="The release you have; default: the installed one.")] = None,
     backend: Backends = None,
     plugin: Plugins = None,
-    resolve: Annotated[bool, typer.Option(help="Ask pip which other packages would move.")] = True,
+    resolving: Annotated[bool, typer.Option("--resolve/--no-resolve", help="Ask uv which other packages would move.")] = True,
+    wheelhouse: Wheelhouse = None,
+    index: Index = PYPI,
 ) -> None:
-    """Would this release break us? Its contract against ours, what else pip would move, our adapters' calls against it."""
+    """Would this release break us? Its contract against ours, what else would move, our adapters' calls against it."""
     package, _, wanted = requirement.partition("==")
     if not wanted:
         raise MoecheckError(f"given {requirement!r}; wanted PACKAGE==VERSION, e.g. flashinfer-python==0.6.5")
@@ -51,8 +50,8 @@ def command(
     backends = {b.name: b for b in plan.chosen(backend or (), found)}
     new = _contract(package, wanted, backends)
     broken = _compare(store.load(package, have), new, backends)
-    if resolve:
-        _resolved(requirement)
+    if resolving:
+        _resolved(package, wanted, Source(index, None if wheelhouse is None else wheelhouse.absolute()))
     subjects = list(_subjects(new, backends, tuple(absolute(plugin))))
     refusals = list(preflight(new, subjects))
     for refusal in refusals:
@@ -85,21 +84,19 @@ def _compare(old: Contract, new: Contract, backends: dict[str, Backend]) -> bool
     return breaking > 0
 
 
-def _resolved(requirement: str) -> None:
-    """Print what pip would install beside it."""
-    options = ("--dry-run", "--quiet", "--no-input", "--report", "-")
-    call = [sys.executable, "-m", "pip", "install", *options, requirement]
+def _resolved(package: str, wanted: str, source: Source) -> None:
+    """Print what uv would move with it. Without a network that is said, and the rest goes on."""
     try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=RESOLVE_S, check=False)
-        moved = [item["metadata"] for item in json.loads(done.stdout)["install"]]
-    except (subprocess.TimeoutExpired, ValueError, KeyError) as error:
-        said = done.stderr.strip().splitlines() if not isinstance(error, subprocess.TimeoutExpired) else []
-        raise MoecheckError(f"{requirement} does not resolve here: {printable(said[-1])[:300] if said else error}") from error
-    for data in moved:
-        before = installed_version(data["name"])
-        down = bool(before) and store.parsed(before) > store.parsed(data["version"])
-        text = f"moves {data['name']} {before or 'none'} -> {data['version']}{', a downgrade' if down else ''}"
+        found = resolve({package: wanted}, source, cache_folder())
+    except OverlayError as error:
+        out.print(f"which other packages move is not known: {error}", style="yellow", markup=False)
+        return
+    for name, (before, after) in sorted(found.moved.items()):
+        down = name in found.downgrades
+        text = f"moves {name} {before or 'none'} -> {after}{', a downgrade' if down else ''}"
         out.print(text, style="yellow" if down else None, markup=False)
+    if not found.moved:
+        out.print("moves nothing: it is what is installed")
 
 
 def _subjects(contract: Contract, backends: dict[str, Backend], plugins: tuple[str, ...]) -> Iterator[tuple[Backend, Case]]:

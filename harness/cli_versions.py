@@ -1,11 +1,9 @@
-"""`moecheck contracts`: what a release of a library promises, and what changed between two; `moecheck bisect`: since when."""
+"""`moecheck contracts`: what a release of a library promises, and what changed between two."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +14,11 @@ from harness import journal
 from harness.backends import discover
 from harness.cli_options import Plugins
 from harness.errors import MoecheckError, UnknownName
-from harness.reading import printable
 from harness.versions import observed, store
-from harness.versions.bisect import Command, Contracts, Journal, Question, Result, Run, between
-from harness.versions.bisect import bisect as search
 from harness.versions.contracts import Entry
 from harness.versions.diff import Change, Effect, diff
-from harness.versions.properties import split
-from harness.versions.report import changed_files, report
-from harness.versions.search import EXACT, Answer, Model, Next, Stopped
 
-CLEAN, BROKEN, NO_ANSWER = 0, 1, 2
+CLEAN, BROKEN = 0, 1
 COLOURS = {Effect.BREAKS: "red", Effect.CHECK: "yellow", Effect.HARMLESS: "dim"}
 
 app = typer.Typer(
@@ -48,7 +40,7 @@ def diff_(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per change.")] = False,
 ) -> None:
     """What changed for callers from OLD to NEW; exit code 1 when it breaks one of our backends."""
-    before, after = store.load(package, _version(package, old)), store.load(package, _version(package, new))
+    before, after = store.load(package, newest_or(package, old)), store.load(package, newest_or(package, new))
     changes = diff(before, after, discover(plugin or ()).values())
     shown = changes if everything or as_json else [c for c in changes if c.backends]
     for change in shown:
@@ -68,7 +60,7 @@ def show(
     entry: Annotated[str | None, typer.Argument(help="Entry point, or the end of its name; default: all.")] = None,
 ) -> None:
     """What one release promises: signatures, what is returned, arch gates, enum values."""
-    contract = store.load(package, _version(package, version))
+    contract = store.load(package, newest_or(package, version))
     names = [n for n in contract.entries if entry is None or n == entry or n.endswith(f".{entry}")]
     if not names:
         raise UnknownName("entry", entry or "", contract.entries)
@@ -113,76 +105,8 @@ def record(run: Annotated[Path, typer.Argument(help="Run folder, or a journal fi
         err.print(f"{run}: nothing new: no library with a stored contract returned anything that is not recorded", markup=False)
 
 
-def bisect(  # noqa: PLR0913 - typer turns parameters into options
-    package: Package,
-    good: Annotated[str, typer.Option(help="A release that is good.")],
-    bad: Annotated[str, typer.Option(help="A release that is bad; `newest` for the newest stored.")],
-    contract: Annotated[
-        str | None, typer.Option(help="ENTRY[:property] whose change is searched: returns, position.NAME, value.MEMBER, ...")
-    ] = None,
-    command: Annotated[
-        str | None, typer.Option(help="Your test: {version} is replaced; exit 0 good, 125 cannot tell, else bad.")
-    ] = None,
-    find_fix: Annotated[bool, typer.Option("--find-fix", help="Also, or with --bad older than --good only: fixed in.")] = False,
-    journal: Annotated[Path | None, typer.Option(help="File that every run is written to, and resumed from.")] = None,
-    files: Annotated[bool, typer.Option("--files", help="Download the two neighbours and list the files that differ.")] = False,
-    limit: Annotated[float, typer.Option(help="Seconds one run of --command may take.", min=0.1)] = 600.0,
-) -> None:
-    """Which release changed it: the contract of an entry point, or what a command of yours finds, flaky or not."""
-    if (contract is None) == (command is None):
-        raise MoecheckError("give either --contract ENTRY[:property] or --command CMD")
-    newest = _version(package, "newest")
-    good, bad = (newest if end == "newest" else end for end in (good, bad))
-    fixed_only = find_fix and store.parsed(bad) < store.parsed(good)
-    asked, by = contract or command or "", "contract" if contract else "command"
-    questions = [Question(package, good, bad, asked, fixed_only, by)]
-    if find_fix and not fixed_only:
-        questions.append(Question(package, newest, bad, asked, True, by))
-    results = [_ask(q, journal, limit) for q in questions if q.good != q.bad]
-    for result in results:
-        neighbours = _files(result) if files and result.first else ()
-        out.print("\n" + report(result, _rerun(result), neighbours), markup=False)
-    raise typer.Exit(NO_ANSWER if any(isinstance(r.answer, Stopped) for r in results) else CLEAN)
-
-
-def _ask(question: Question, path: Path | None, limit: float) -> Result:
-    """One bisect, told while it goes on."""
-    known = store.releases(question.package)
-    span = between(known, *((question.bad, question.good) if question.fix else (question.good, question.bad)))
-    if path is not None and question.fix:
-        path = path.with_name(f"{path.stem}.fix{path.suffix}")
-    record = None if path is None else Journal(path, question)
-    try:
-        attempt: Contracts | Command
-        if question.by == "contract":
-            attempt = Contracts(question.package, *split(question.wanted))
-            attempt.ends(span, question.fix)
-        else:
-            seen = next((r.text for r in record.runs if r.answer is Answer.BAD), "") if record else ""
-            attempt = Command(shlex.split(question.wanted), limit, int(seen.removeprefix("exit ")) if seen else None)
-        return search(question, known, attempt, record, _watch, EXACT if question.by == "contract" else Model())
-    finally:
-        if record is not None:
-            record.close()
-
-
-def _watch(run: Run, test: Next) -> None:
-    err.print(f"{run.version:14} {run.answer:11} {run.seconds:7.2f} s  {test.information:.2f} bit  {printable(run.text)[:120]}")
-
-
-def _files(result: Result) -> Sequence[str]:
-    package = result.question.package
-    with store.downloaded(package, str(result.before)) as old, store.downloaded(package, str(result.first)) as new:
-        return changed_files(old, new)
-
-
-def _rerun(result: Result) -> str:
-    q = result.question
-    fix = " --find-fix" if q.fix else ""
-    return f"moecheck bisect {q.package} --good {q.good} --bad {q.bad} --{q.by} {shlex.quote(q.wanted)}{fix}"
-
-
-def _version(package: str, text: str) -> str:
+def newest_or(package: str, text: str) -> str:
+    """The version, or the newest one stored for the text `newest`."""
     if text != "newest":
         return text
     stored = store.releases(package)

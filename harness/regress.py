@@ -148,12 +148,12 @@ def _kind(was: Verdict | None, now: Verdict) -> str | None:
         return None
     if was.status is not now.status:
         return "fixed" if was.status.failed and now.status is Status.PASSED else "status"
-    if now.status.failed and failure(was) != failure(now):
+    if now.status.failed and _failure(was) != _failure(now):
         return "diagnosis"
     return None
 
 
-def failure(verdict: Verdict) -> str:
+def _failure(verdict: Verdict) -> str:
     """What kind of failure, its diagnosis included: two releases with one such text fail alike."""
     said = signature(verdict)
     kind = verdict.diagnosis.kind if verdict.diagnosis else ""

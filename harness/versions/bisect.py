@@ -13,9 +13,11 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from harness.errors import MoecheckError, RunFolderError
+from harness.errors import CannotTell, MoecheckError, RunFolderError
 from harness.reading import parse_json, printable, regular
 from harness.versions import store
+from harness.versions.env import Overlay
+from harness.versions.judging import environment
 from harness.versions.properties import read_property
 from harness.versions.search import Answer, Found, Model, Next, Stopped, Tally, rates, step
 
@@ -34,7 +36,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a contract or a command, `wanted`; with `fix` the first release without the failure."""
+    """What is asked: a contract, a command or a case, `wanted`; with `fix` the first release without the failure; axis: what a
+    version is, a release or, for "git", a commit."""
 
     package: str
     good: str
@@ -42,6 +45,7 @@ class Question:
     wanted: str
     fix: bool = False
     by: str = "contract"
+    axis: str = "release"
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ def between(releases: Sequence[str], first: str, last: str) -> tuple[str, ...]:
 def bisect(
     question: Question, releases: Sequence[str], attempt: Try, journal: Journal | None, watch: Watch, model: Model
 ) -> Result:
-    """Run `attempt` on releases (all those between the ends) until the first changed one is known.
+    """Run `attempt` on releases (all those between the ends; commits as they are) until the first changed one is known.
 
     What the journal already has is not run again. An end that cannot be tested is replaced by its nearest testable neighbour.
     """
-    span = between(releases, *((question.bad, question.good) if question.fix else (question.good, question.bad)))
+    ends = (question.bad, question.good) if question.fix else (question.good, question.bad)
+    span = tuple(releases) if question.axis == "git" else between(releases, *ends)
     runs: list[Run] = list(journal.runs) if journal else []
     while True:
         unknown = {r.version for r in runs if r.answer is Answer.UNKNOWN}
@@ -165,16 +170,24 @@ class Contracts:
 
 class Command:
     """Good and bad by a command of the user's: `{version}` in it is replaced. Exit 0 is good, 125 cannot tell, 1..127 bad if it
-    is the code of the first failure, the same failure being the same code; a signal, time or another code cannot tell."""
+    is the code of the first failure, the same failure being the same code; a signal, time or another code cannot tell.
 
-    def __init__(self, command: Sequence[str], limit_s: float, code: int | None = None) -> None:
-        self._command, self._limit_s, self._code = tuple(command), limit_s, code
+    overlay: of a version, put in front of the command's PYTHONPATH; a release without one cannot be told."""
 
-    def __call__(self, version: str, environment: Mapping[str, str] | None = None) -> Outcome:
-        """Run it once; `environment` replaces this process's."""
+    def __init__(
+        self, command: Sequence[str], limit_s: float, code: int | None = None, overlay: Callable[[str], Overlay] | None = None
+    ) -> None:
+        self._command, self._limit_s, self._code, self._overlay = tuple(command), limit_s, code, overlay
+
+    def __call__(self, version: str) -> Outcome:
+        """Run it once."""
+        try:
+            over = None if self._overlay is None else environment(self._overlay(version))
+        except CannotTell as error:
+            return Outcome(Answer.UNKNOWN, error.reason)
         command = [part.replace("{version}", version) for part in self._command]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=self._limit_s, check=False, env=environment)
+            done = subprocess.run(command, capture_output=True, timeout=self._limit_s, check=False, env=over)
         except subprocess.TimeoutExpired:
             return Outcome(Answer.UNKNOWN, f"no end within {self._limit_s:g} s")
         except OSError as error:

@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -44,12 +44,13 @@ _PATHS = "import site, sys; site.addsitedir(sys.argv[1]); print(*sys.path, sep='
 @dataclass(frozen=True)
 class Overlay:
     """packages: what it holds, name -> version; pins: what was asked for; more: further folders for sys.path, those that .pth
-    files of its packages add."""
+    files of its packages add; variables: of the environment of whatever runs over it."""
 
     path: Path
     packages: dict[str, str]
     pins: dict[str, str] = field(default_factory=dict)
     more: tuple[Path, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -83,7 +84,7 @@ def make(pins: Mapping[str, str], source: Source, cache: Path) -> Overlay:
     CannotTell with a reason for a release; OverlayError for network, disk or uv. Safe to be called by many processes at once.
     """
     with _scratch(cache) as scratch:
-        found = resolve(pins, source, cache, scratch)
+        found = _resolved(pins, source, cache, scratch)
         wanted = {name: new for name, (_, new) in found.moved.items()}
         lock = _lock(wanted, source, cache, scratch)
         key = hashlib.sha256(f"{sys.version}\n{sysconfig.get_platform()}\n{lock}".encode()).hexdigest()[:32]
@@ -94,11 +95,17 @@ def make(pins: Mapping[str, str], source: Source, cache: Path) -> Overlay:
             return _read(place, found.pins)
 
 
-def resolve(pins: Mapping[str, str], source: Source, cache: Path, scratch: Path | None = None) -> Resolution:
-    """What uv would change for these pins. CannotTell where there is no way, a pin is yanked, or torch would move."""
-    if scratch is None:
-        with _scratch(cache) as folder:
-            return resolve(pins, source, cache, folder)
+def resolve(pins: Mapping[str, str], source: Source, cache: Path) -> Resolution:
+    """What an installation of these pins would change here, what the base does without included, torch included. CannotTell
+    where there is no way or a pin is yanked."""
+    with _scratch(cache) as scratch:
+        return _resolved(pins, replace(source, allow=base.HELD), cache, scratch, [])
+
+
+def _resolved(
+    pins: Mapping[str, str], source: Source, cache: Path, scratch: Path, without: list[str] | None = None
+) -> Resolution:
+    """What differs in the overlay. without: packages that nothing needs; default: what the base does without, too."""
     have = base.installed()
     whole = base.with_companions(pins, have)
     known = {n: d for n, d in have.items() if n not in whole or not (source.wheelhouse or base.from_folder(d))}
@@ -106,7 +113,10 @@ def resolve(pins: Mapping[str, str], source: Source, cache: Path, scratch: Path 
     target.mkdir()
     base.mirror(known, target)
     held = [n for n in base.HELD if n in have and n not in (*source.allow, *whole)]
-    files = {"constraints": [f"{n}=={have[n].version}" for n in held], "excludes": base.done_without(whole, have)}
+    files = {
+        "constraints": [f"{n}=={have[n].version}" for n in held],
+        "excludes": base.done_without(whole, have) if without is None else without,
+    }
     for name, lines in files.items():
         (scratch / f"{name}.txt").write_text("\n".join(lines) + "\n")
     what = ", ".join(f"{name}=={version}" for name, version in whole.items())

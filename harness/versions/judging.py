@@ -95,10 +95,10 @@ def judge_all(overlay: Overlay, items: Sequence[Item], terms: Terms, folder: Pat
 def importable(overlay: Overlay, entries: Iterable[str] = ()) -> None:
     """CannotTell unless what was asked for imports over the overlay, and has those of the entry points that are its own."""
     tops = {top for name in overlay.pins for top in _modules(overlay.path, name)}
-    wanted = [*sorted(tops), *sorted(e for e in entries if e.partition(".")[0] in tops)]
+    wanted = [*sorted(tops), *sorted(e for e in entries if not tops or e.partition(".")[0] in tops)]
     mark = overlay.path.with_suffix(".imports")  # beside it: a release that imported once does so again
     said = " ".join(wanted)
-    if not wanted or (mark.is_file() and said in mark.read_text().splitlines()):
+    if not wanted or (overlay.packages and mark.is_file() and said in mark.read_text().splitlines()):
         return
     command = [sys.executable, "-P", "-c", _IMPORT, "--", *wanted]
     with tempfile.TemporaryFile() as output:
@@ -112,6 +112,8 @@ def importable(overlay: Overlay, entries: Iterable[str] = ()) -> None:
             f"within {IMPORT_S:.0f} s" if code == -signal.SIGKILL else f"here: {printable(last)[:300] or f'exit status {code}'}"
         )
         raise CannotTell(f"{what}: {last}" if last.startswith("it has no ") else f"{what} does not import {how}")
+    if not overlay.packages:  # what is installed may be another tomorrow
+        return
     with mark.open("a") as file:
         file.write(f"{said}\n")
 
@@ -121,7 +123,7 @@ def environment(overlay: Overlay) -> dict[str, str]:
     ours = [] if str(ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) else [str(ROOT)]
     given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     path = os.pathsep.join([*map(str, overlay.folders), *ours, *given])
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, **overlay.variables, "PYTHONPATH": path}
 
 
 def _modules(folder: Path, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness import __version__
@@ -18,13 +18,15 @@ MOST_LINES = 40  # of a list in the report
 ABOUT_MOE = re.compile(r"moe|expert|fp4|fp8|grouped|quant", re.IGNORECASE)
 
 
-def report(result: Result, rerun: str, files: Sequence[str] = ()) -> str:
-    """Markdown: the answer, what the neighbours say, their contract diff, every run, and how to run it again."""
+def report(result: Result, rerun: str, files: Sequence[str] = (), dates: Mapping[str, str] | None = None) -> str:
+    """Markdown: the answer, what the neighbours say, their contract diff, every run, and how to run it again. dates: when they
+    came, and what else is told of them."""
     question = result.question
     if isinstance(result.answer, Stopped):
         head = [f"{question.package}: no answer: {result.answer.reason}"]
     else:
         head = list(_answer(result))
+        head += [f"* {version}: {text}" for version, text in (dates or {}).items() if text != "-"]
     tested = sum(len({r.version for r in result.runs if r.version == v}) for v in result.releases)
     head.append(f"* {len(result.runs)} runs of {tested} of the {len(result.releases)} releases in between, ends included")
     head.append(f"* {platform.platform()}, Python {platform.python_version()}, moecheck {__version__}")

@@ -1,4 +1,6 @@
-"""An upgrade of several packages, tried part by part: an overlay for each set of new versions, a case or a command over it."""
+"""An upgrade of several packages, tried part by part: each set of new versions is one text of pins, `a==1,b==4`, which takes
+the place of a version in what the bisect tries: a case or a command over the overlay of it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,10 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from harness.errors import CannotTell, MoecheckError
-from harness.regress import failure
-from harness.select import Item
-from harness.verdict import Status, Verdict
-from harness.versions import env, judging
+from harness.errors import MoecheckError
+from harness.versions import env
 from harness.versions.attribute import Names
-from harness.versions.bisect import Command, Journal, Outcome, Run
+from harness.versions.bisect import Journal, Run, Try
 from harness.versions.search import Answer
 
 AS_IT_WAS = "-"  # the set without a new version
@@ -35,13 +34,13 @@ class Upgrade:
         """The names that move, arrive or go, in the order given."""
         return tuple(n for n in dict.fromkeys((*self.old, *self.new)) if self.old.get(n) != self.new.get(n))
 
-    def pins(self, names: Names) -> dict[str, str]:
+    def pins(self, names: Names) -> str:
         """Everything's version with these packages new and all others old; one that comes or goes may be missing."""
-        sides = ((n, (self.new if n in names else self.old).get(n)) for n in (*self.old, *(self.new.keys() - self.old.keys())))
-        return {n: version for n, version in sides if version is not None}
+        sides = ((n, (self.new if n in names else self.old).get(n)) for n in dict.fromkeys((*self.old, *self.new)))
+        return ",".join(f"{n}=={version}" for n, version in sides if version is not None)
 
     def label(self, names: Names) -> str:
-        """The set in words: b==3,c==2."""
+        """What is new in it: b==4."""
         moved = [f"{n}=={self.new[n]}" if n in self.new else f"{n} gone" for n in self.changed if n in names]
         return ",".join(moved) or AS_IT_WAS
 
@@ -62,79 +61,26 @@ def pins(text: str, option: str) -> dict[str, str]:
     return found
 
 
-Trial = Callable[[Names], Outcome]
-
-
 @dataclass
 class Overlays:
-    """The overlay of each set of new versions, resolved once."""
+    """The overlay of each text of pins, resolved once."""
 
-    upgrade: Upgrade
     source: env.Source
     cache: Path
-    made: dict[Names, env.Overlay] = field(default_factory=dict)
+    made: dict[str, env.Overlay] = field(default_factory=dict)
 
-    def __call__(self, names: Names) -> env.Overlay:
-        """CannotTell for a set that does not resolve."""
-        if names not in self.made:
-            self.made[names] = env.make(self.upgrade.pins(names), self.source, self.cache)
-        return self.made[names]
-
-
-@dataclass
-class ByCase:
-    """One case over the overlay of a set: good if it passes, bad if it fails as it `first` did, else cannot be told."""
-
-    overlays: Overlays
-    item: Item
-    terms: judging.Terms
-    first: str = ""
-
-    def __call__(self, names: Names) -> Outcome:
-        """Judge it once."""
-        try:
-            verdict = judging.judge(self.overlays(names), self.item, self.terms.platform, self.terms)
-        except CannotTell as error:
-            return Outcome(Answer.UNKNOWN, error.reason)
-        outcome = of_verdict(verdict, self.first)
-        self.first = outcome.text if outcome.answer is Answer.BAD else self.first
-        return outcome
-
-
-def of_verdict(verdict: Verdict, first: str = "") -> Outcome:
-    """Good, bad, or, for a skip, a case that tests nothing and another failure than the `first`, cannot tell."""
-    if verdict.status is Status.PASSED:
-        return Outcome(Answer.GOOD, "PASSED")
-    if verdict.status.skipped or verdict.status is Status.UNTRUSTED:
-        return Outcome(Answer.UNKNOWN, f"{verdict.status}: {verdict.reason}")
-    said = failure(verdict)
-    return Outcome(Answer.BAD if said == (first or said) else Answer.UNKNOWN, said)
-
-
-@dataclass
-class ByCommand:
-    """A command of the user's, with the overlay of a set in front of PYTHONPATH; `own`: it names {pins} and makes its own."""
-
-    overlays: Overlays
-    command: Command
-    own: bool
-
-    def __call__(self, names: Names) -> Outcome:
-        """Run it once."""
-        text = ",".join(f"{n}=={v}" for n, v in self.overlays.upgrade.pins(names).items())
-        if self.own:
-            return self.command(text)
-        try:
-            return self.command(text, judging.environment(self.overlays(names)))
-        except CannotTell as error:
-            return Outcome(Answer.UNKNOWN, error.reason)
+    def __call__(self, text: str) -> env.Overlay:
+        """CannotTell for pins that do not resolve."""
+        if text not in self.made:
+            self.made[text] = env.make(pins(text, "pins"), self.source, self.cache)
+        return self.made[text]
 
 
 class Recorded:
     """Answers from a journal first, in the order in which they were given, then by running; every run is written down."""
 
-    def __init__(self, upgrade: Upgrade, trial: Trial, journal: Journal | None, watch: Callable[[Run], None]) -> None:
-        self.upgrade, self._trial, self._journal, self._watch = upgrade, trial, journal, watch
+    def __init__(self, upgrade: Upgrade, attempt: Try, journal: Journal | None, watch: Callable[[str, Run], None]) -> None:
+        self._upgrade, self._attempt, self._journal, self._watch = upgrade, attempt, journal, watch
         self.runs: list[Run] = list(journal.runs) if journal else []
         self._known: dict[str, list[Answer]] = defaultdict(list)
         for run in self.runs:
@@ -142,14 +88,14 @@ class Recorded:
 
     def __call__(self, names: Names) -> Answer:
         """One run of one set."""
-        label = self.upgrade.label(names)
-        if self._known[label]:
-            return self._known[label].pop(0)
+        text = self._upgrade.pins(names)
+        if self._known[text]:
+            return self._known[text].pop(0)
         started = time.monotonic()
-        outcome = self._trial(names)
-        run = Run(label, outcome.answer, outcome.text, round(time.monotonic() - started, 3))
+        outcome = self._attempt(text)
+        run = Run(text, outcome.answer, outcome.text, round(time.monotonic() - started, 3))
         if self._journal is not None:
             self._journal.append(run)
         self.runs.append(run)
-        self._watch(run)
+        self._watch(self._upgrade.label(names), run)
         return outcome.answer

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import pytest
 
-from harness.cli_matrix_versions import _versions as columns
+from harness.cli_matrix_versions import columns
 from harness.errors import MoecheckError
 from harness.select import Item
 from harness.verdict import Comparison, Finding, Stage, Status, Verdict
 from harness.versions import window
-from harness.versions.search import Answer
-from harness.versions.upgrade import Upgrade, of_verdict, pins
+from harness.versions.env import Source
+from harness.versions.upgrade import Upgrade, pins
 from harness.versions.window import Release, spans
 
 CASE = "moe.bf16.t5.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0"
@@ -122,7 +122,7 @@ def test_what_cannot_be_taken_apart_stays_suspect(house: Path, moecheck: Call) -
         (("--from", "a=1", "--to", "a==2", "--command", "x"), "is no requirement"),
         (("--from", "a==1", "--to", "a==1", "--command", "x"), "nothing moves"),
         (("--from", "a==1", "--to", "a==2"), "--case ID and --backend NAME, or --command"),
-        (("--from", "a==1", "--to", "a==2", "--case", CASE), "--case ID and --backend NAME, or --command"),
+        (("--from", "a==1", "--to", "a==2", "--case", CASE, "--platform", "cpu"), "--case needs --backend"),
     ],
 )
 def test_what_is_no_question_is_refused(arguments: tuple[str, ...], said: str, moecheck: Call) -> None:
@@ -134,9 +134,9 @@ def test_what_is_no_question_is_refused(arguments: tuple[str, ...], said: str, m
 def test_packages_that_arrive_or_go_are_moves_too() -> None:
     upgrade = Upgrade(pins("a==1, B_x==1", "--from"), pins("a==1,c==2", "--to"))
     assert upgrade.changed == ("b-x", "c")
-    assert upgrade.pins(frozenset()) == {"a": "1", "b-x": "1"}
-    assert upgrade.pins(frozenset(["c"])) == {"a": "1", "b-x": "1", "c": "2"}
-    assert upgrade.pins(frozenset(["b-x", "c"])) == {"a": "1", "c": "2"}
+    assert upgrade.pins(frozenset()) == "a==1,b-x==1"
+    assert upgrade.pins(frozenset(["c"])) == "a==1,b-x==1,c==2"
+    assert upgrade.pins(frozenset(["b-x", "c"])) == "a==1,c==2"
     assert upgrade.label(frozenset(["b-x", "c"])) == "b-x gone,c==2"
     with pytest.raises(MoecheckError, match="one exact version"):
         pins("a==1.*", "--from")
@@ -145,18 +145,8 @@ def test_packages_that_arrive_or_go_are_moves_too() -> None:
 PASSED = Verdict(CASE, "toy", Status.PASSED, Stage.DONE, comparison=Comparison("real", 1, 0, 0, 6, 1, 2, 0, 0, 0, ()))
 
 
-def verdict(status: Status, check: str = "values") -> Verdict:
-    return PASSED if status is Status.PASSED else Verdict(CASE, "toy", status, Stage.DONE, "r", (Finding(check, ""),))
-
-
-def test_only_the_first_failure_counts_as_the_same() -> None:
-    wrong = of_verdict(verdict(Status.WRONG))
-    assert wrong.answer is Answer.BAD
-    assert of_verdict(verdict(Status.WRONG), wrong.text).answer is Answer.BAD
-    assert of_verdict(verdict(Status.CRASHED), wrong.text).answer is Answer.UNKNOWN
-    assert of_verdict(verdict(Status.UNTRUSTED)).answer is Answer.UNKNOWN
-    assert of_verdict(verdict(Status.UNAVAILABLE)).answer is Answer.UNKNOWN
-    assert of_verdict(PASSED, wrong.text).answer is Answer.GOOD
+def verdict(status: Status) -> Verdict:
+    return PASSED if status is Status.PASSED else Verdict(CASE, "toy", status, Stage.DONE, "r", (Finding("values", ""),))
 
 
 def row(text: str) -> list[Release]:
@@ -203,10 +193,21 @@ def test_one_plan_over_releases_through_their_overlays(tmp_path: Path, house: Pa
 
 
 def test_the_columns_are_named_one_way(house: Path) -> None:
-    between = columns("moecheck-toy-a", None, "1", "newest", house)
-    assert between == ["1", "2", "3", "4"]
-    assert columns("flashinfer-python", None, "0.6.4", "0.6.6", None) == ["0.6.4", "0.6.5", "0.6.6"]
-    assert columns("x", "0.7, 0.5", None, None, None) == ["0.7", "0.5"]
+    source = Source(wheelhouse=house)
+    assert columns("moecheck-toy-a", None, "1", "newest", source) == ["1", "2", "3", "4"]
+    assert columns("moecheck-toy-a", None, "3", "2", source) == ["2", "3"]
+    assert columns("x", "0.7, 0.5", None, None, source) == ["0.7", "0.5"]
     for wrong in ((None, None, None), ("1", "1", "2"), (None, "1", None), ("1,1.0", None, None), (",", None, None)):
         with pytest.raises(MoecheckError):
-            columns("moecheck-toy-a", *wrong, house)
+            columns("moecheck-toy-a", *wrong, source)
+
+
+def test_a_command_that_names_its_pins_makes_its_own_environment(tmp_path: Path, moecheck: Call) -> None:
+    """No overlay is made: these packages are nowhere."""
+    asked = tmp_path / "asked"
+    test = f'{sys.executable} -S -c \'import sys; open(sys.argv[1], "a").write(sys.argv[2] + chr(10)); '
+    test += f'sys.exit("b==2" in sys.argv[2])\' {asked} {{pins}}'
+    answer = moecheck("attribute", "--from", "a==1,b==1", "--to", "a==2,b==2,c==1", "--once", "--command", test)
+    assert answer.code == 0, answer
+    assert answer.out.startswith("b==2 breaks it\n")
+    assert asked.read_text().splitlines()[:2] == ["a==2,b==2,c==1", "a==1,b==1"]
