@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -167,6 +168,7 @@ def _said(verdict: Verdict | None) -> str:
     return f"{verdict.status}{kind}{', known' if verdict.known else ''}"
 
 
+@lru_cache(1 << 17)
 def _parts(case_id: str) -> tuple[str, str, str]:
     """(recipe, activation format, id without its seed): the second part of every id is its recipe, the last its seed.
     `Case.parse` takes a quarter of a millisecond, and a night has 100,000 verdicts."""
@@ -209,6 +211,7 @@ def drifts(old: Mapping[Item, Verdict], new: Mapping[Item, Verdict], level: floa
     return tuple(d for d in asked if d.p <= level / len(asked)), len(asked)
 
 
+@lru_cache(1 << 17)
 def _sharing(case_id: str) -> str:
     """What cases have in common whose errors are not independent."""
     parts = case_id.split(".")
@@ -220,10 +223,11 @@ def _pairs(old: Mapping[Item, Verdict], new: Mapping[Item, Verdict]) -> Iterator
     spare: dict[Item, list[Verdict]] = defaultdict(list)
     for item in sorted(old.keys() - new.keys()):
         spare[Item(_parts(item.case_id)[2], item.subject)].append(old[item])
-    for item in sorted(new):
-        mates = spare.get(Item(_parts(item.case_id)[2], item.subject))
-        was = old.get(item) or (mates.pop() if mates else None)
-        if was is not None and (a := _measured(was)) is not None and (b := _measured(new[item])) is not None:
+    for item, now in new.items():
+        was = old.get(item)
+        if was is None and (mates := spare.get(Item(_parts(item.case_id)[2], item.subject))):
+            was = mates.pop()
+        if was is not None and (a := _measured(was)) is not None and (b := _measured(now)) is not None:
             yield item, (a, b)
 
 
