@@ -127,6 +127,5 @@ def _show(package: str, releases: Sequence[window.Release], items: Sequence[Item
         table.add_row(item.subject, item.case_id, *row, bad)
     Console(width=width, highlight=False, file=out.file, force_terminal=out.is_terminal).print(table)
     out.print(window.legend(releases, items), markup=False)
-    for release in releases:
-        if release.reason:
-            out.print(f"{release.version} cannot be told: {release.reason}", markup=False)
+    for line in window.untold(releases):
+        out.print(printable(line), markup=False)

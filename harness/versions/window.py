@@ -91,13 +91,23 @@ def legend(releases: Sequence[Release], items: Sequence[Item]) -> str:
     return ", ".join(f"{mark} {name}" for mark, name in names.items() if mark in used) + "; [ ] first and last bad"
 
 
+def untold(releases: Sequence[Release]) -> list[str]:
+    """Why a release, or cases of it, cannot be told, once each."""
+    found = []
+    for release in releases:
+        found += [f"{release.version} cannot be told: {release.reason}"] if release.reason else []
+        said = {v.reason: v.status for v in release.verdicts.values() if v.status in TELLS_NOTHING}
+        found += [f"{release.version}: {status}: {reason}" for reason, status in sorted(said.items())]
+    return found
+
+
 def markdown(package: str, releases: Sequence[Release], items: Sequence[Item]) -> str:
     """The table to paste into an issue."""
     rows = [f"| backend | case | {' | '.join(r.version for r in releases)} | bad |", f"|---|---|{'---|' * len(releases)}---|"]
     for item in items:
         bad = "; ".join(map(str, spans(releases, item)))
         rows.append(f"| {item.subject} | `{item.case_id}` | {' | '.join(cells(releases, item))} | {bad} |")
-    reasons = [f"* {r.version} cannot be told: {r.reason}" for r in releases if r.reason]
+    reasons = [f"* {line}" for line in untold(releases)]
     return "\n".join([f"**{package}**", "", *rows, "", legend(releases, items), *(["", *reasons] if reasons else [])]) + "\n"
 
 
@@ -107,5 +117,5 @@ def as_json(package: str, releases: Sequence[Release], items: Sequence[Item]) ->
     for item in items:
         said = {r.version: str(v.status) if (v := r.verdicts.get(item)) else CANNOT_TELL for r in releases}
         rows.append({**asdict(item), "statuses": said, "bad": [asdict(s) for s in spans(releases, item)]})
-    untold = {r.version: r.reason for r in releases if r.reason}
-    return {"package": package, "versions": [r.version for r in releases], "cases": rows, "cannot_tell": untold}
+    unknown = {r.version: r.reason for r in releases if r.reason}
+    return {"package": package, "versions": [r.version for r in releases], "cases": rows, "cannot_tell": unknown}

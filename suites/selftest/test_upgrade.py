@@ -168,7 +168,9 @@ def test_the_window_of_a_case_is_told(text: str, said: str, marked: str) -> None
     releases = row(text)
     assert "; ".join(map(str, spans(releases, ITEM))) == said
     assert " ".join(window.cells(releases, ITEM)) == marked
-    assert f"| {marked.replace(' ', ' | ')} | {said} |" in window.markdown("toy", releases, [ITEM])
+    shown = window.markdown("toy", releases, [ITEM])
+    assert f"| {marked.replace(' ', ' | ')} | {said} |" in shown
+    assert ("UNSUPPORTED: r" in shown) is ("-" in text)
 
 
 def test_one_plan_over_releases_through_their_overlays(tmp_path: Path, house: Path, moecheck: Call) -> None:
