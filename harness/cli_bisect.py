@@ -26,7 +26,7 @@ from harness.versions.env import Source, Terms
 from harness.versions.git import Commits
 from harness.versions.properties import split
 from harness.versions.report import changed_files, report
-from harness.versions.search import EXACT, Answer, Model, Next, Stopped
+from harness.versions.search import READ, Answer, Model, Next, Stopped
 from harness.versions.uv import PYPI
 
 CLEAN, NO_ANSWER = 0, 2
@@ -142,22 +142,18 @@ def _ask(question: Question, asked: Asked, path: Path | None, limit: float) -> R
         path = path.with_name(f"{path.stem}.fix{path.suffix}")
     record = None if path is None else Journal(path, question)
     try:
-        attempt = _attempt(question, asked, record, limit, span)
-        return bisect(question, span, attempt, record, _watch, EXACT if question.by == "contract" else Model())
+        if question.by == "contract":
+            contracts = Contracts(question.package, *split(question.wanted))
+            return bisect(question, contracts.ends(span, question.fix), contracts, record, _watch, READ)
+        return bisect(question, span, _attempt(question, asked, record, limit), record, _watch, Model())
     finally:
         if record is not None:
             record.close()
 
 
-def _attempt(
-    question: Question, asked: Asked, record: Journal | None, limit: float, span: Sequence[str]
-) -> Callable[[str], Outcome]:
+def _attempt(question: Question, asked: Asked, record: Journal | None, limit: float) -> Callable[[str], Outcome]:
     """What is done with one version. The failure that counts is that of the first bad run, the journal's if it has one."""
     seen = next((r.text for r in record.runs if r.answer is Answer.BAD), None) if record else None
-    if question.by == "contract":
-        attempt = Contracts(question.package, *split(question.wanted))
-        attempt.ends(span, question.fix)
-        return attempt
     overlay = None if asked.axis is None else asked.axis.overlay
     if asked.item is None:
         return Command(shlex.split(question.wanted), limit, int(seen.removeprefix("exit ")) if seen else None, overlay)

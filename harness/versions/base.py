@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -14,13 +16,24 @@ COMPANIONS = {"flashinfer-python": ("flashinfer-cubin", "flashinfer-jit-cache")}
 HELD = ("torch", "triton")  # the machine's own builds: a wheel of the index has another CUDA than the driver and the user chose
 
 
-def installed() -> dict[str, metadata.Distribution]:
-    """Normalised name -> distribution, the one that an import would take."""
-    found: dict[str, metadata.Distribution] = {}
+@dataclass(frozen=True)
+class Installed:
+    """A distribution. local: from a path or a URL, so that its version does not say what it is."""
+
+    version: str
+    requires: tuple[str, ...] = ()
+    local: bool = False
+
+
+@cache
+def installed() -> dict[str, Installed]:
+    """Normalised name -> the distribution that an import would take."""
+    found: dict[str, Installed] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
-        if name:
-            found.setdefault(canonicalize_name(name), distribution)
+        if name and canonicalize_name(name) not in found:
+            local = bool(distribution.read_text("direct_url.json"))
+            found[canonicalize_name(name)] = Installed(distribution.version, tuple(distribution.requires or ()), local)
     return found
 
 
@@ -34,17 +47,12 @@ def with_companions(pins: Mapping[str, str], have: Mapping[str, object]) -> dict
     return whole
 
 
-def from_folder(distribution: metadata.Distribution) -> bool:
-    """Was it installed from a path or a URL, so that its version does not say what it is?"""
-    return bool(distribution.read_text("direct_url.json"))
-
-
-def done_without(pins: Iterable[str], have: Mapping[str, metadata.Distribution]) -> list[str]:
+def done_without(pins: Iterable[str], have: Mapping[str, Installed]) -> list[str]:
     """What the installed releases of these packages require and do not have here: an overlay is to differ from the base in
     the releases asked for, not in what the base does without."""
     missing = set()
     for distribution in (have[name] for name in pins if name in have):
-        for text in distribution.requires or ():
+        for text in distribution.requires:
             requirement = _requirement(text)
             if requirement is not None and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
                 missing.add(str(canonicalize_name(requirement.name)))
@@ -58,16 +66,11 @@ def _requirement(text: str) -> Requirement | None:
         return None
 
 
-def mirror(have: Mapping[str, metadata.Distribution], folder: Path) -> None:
-    """Write the metadata of each into `folder`, as a site-packages would hold them."""
-    for name, text in _texts(have):
-        path = folder / f"{name}.dist-info"
-        path.mkdir()
-        (path / "METADATA").write_text(text)
-
-
-def _texts(have: Mapping[str, metadata.Distribution]) -> Iterator[tuple[str, str]]:
+def mirror(have: Mapping[str, Installed], folder: Path) -> None:
+    """Write what a resolver reads of each into `folder`, as a site-packages would hold it."""
     for name, distribution in have.items():
-        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
-        if text:
-            yield f"{name.replace('-', '_')}-{distribution.version}", text
+        path = folder / f"{name.replace('-', '_')}-{distribution.version}.dist-info"
+        path.mkdir()
+        lines = [f"Requires-Dist: {text}\n" for text in distribution.requires]
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {distribution.version}\n"
+        (path / "METADATA").write_text(head + "".join(lines))

@@ -104,7 +104,7 @@ def bisect(
     What the journal already has is not run again. An end that cannot be tested is replaced by its nearest testable neighbour.
     """
     ends = (question.bad, question.good) if question.fix else (question.good, question.bad)
-    span = tuple(releases) if question.axis == "git" else between(releases, *ends)
+    span = tuple(releases) if question.axis == "git" or model.verified else between(releases, *ends)
     runs: list[Run] = list(journal.runs) if journal else []
     while True:
         unknown = {r.version for r in runs if r.answer is Answer.UNKNOWN}
@@ -144,15 +144,18 @@ class Contracts:
         self._package, self._entry, self._wanted, self._root = package, entry, wanted, root
         self._good = self._bad = ""
 
-    def ends(self, span: Sequence[str], fix: bool) -> None:
-        """Learn what the ends say, each the outermost release that says anything. MoecheckError if both say the same."""
-        oldest = next((text for text in map(self.read, span) if text is not None), None)
-        newest = next((text for text in map(self.read, reversed(span)) if text is not None), None)
-        if oldest is None or newest is None:
+    def ends(self, span: Sequence[str], fix: bool) -> tuple[str, ...]:
+        """Learn what the ends say; the span between the outermost releases that say anything. MoecheckError if both say the
+        same."""
+        low = next((i for i, version in enumerate(span) if self.read(version) is not None), None)
+        high = next((i for i in reversed(range(len(span))) if self.read(span[i]) is not None), None)
+        if low is None or high is None:
             raise MoecheckError(f"{self._entry}: no release from {span[0]} to {span[-1]} says anything of {self._wanted}")
+        oldest, newest = str(self.read(span[low])), str(self.read(span[high]))
         self._good, self._bad = (newest, oldest) if fix else (oldest, newest)
         if self._good == self._bad:
             raise MoecheckError(f"{self._entry}:{self._wanted} is {printable(self._good)[:300]} at both ends; nothing to find")
+        return tuple(span[low : high + 1])
 
     def read(self, version: str) -> str | None:
         """What the release says."""

@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -37,7 +36,7 @@ __all__ = ["CannotTell", "Overlay", "OverlayError", "Source", "Terms", "cache_fo
 MANIFEST = "moecheck-overlay.json"
 MAX_MANIFEST = 1 << 20
 MOVED = re.compile(r"^ ([+-]) ([^\s=]+)==(\S+)", re.MULTILINE)  # uv pip install --dry-run
-YANKED = re.compile(r"warning: `([^`=]+)==[^`]+` is yanked(?: \(reason: (.*)\))?")
+YANKED = re.compile(r"^warning: `([^`=]+)==[^`]+` is yanked(?: \(reason: \W?(.*?)\W?\))?$", re.MULTILINE)
 _PATHS = "import site, sys; site.addsitedir(sys.argv[1]); print(*sys.path, sep='\\n')"
 
 
@@ -108,15 +107,13 @@ def _resolved(
     """What differs in the overlay. without: packages that nothing needs; default: what the base does without, too."""
     have = base.installed()
     whole = base.with_companions(pins, have)
-    known = {n: d for n, d in have.items() if n not in whole or not (source.wheelhouse or base.from_folder(d))}
+    known = {n: d for n, d in have.items() if n not in whole or not (source.wheelhouse or d.local)}
     target = scratch / "base"
     target.mkdir()
     base.mirror(known, target)
     held = [n for n in base.HELD if n in have and n not in (*source.allow, *whole)]
-    files = {
-        "constraints": [f"{n}=={have[n].version}" for n in held],
-        "excludes": base.done_without(whole, have) if without is None else without,
-    }
+    unneeded = base.done_without(whole, have) if without is None else without
+    files = {"constraints": [f"{n}=={have[n].version}" for n in held], "excludes": unneeded}
     for name, lines in files.items():
         (scratch / f"{name}.txt").write_text("\n".join(lines) + "\n")
     what = ", ".join(f"{name}=={version}" for name, version in whole.items())
@@ -135,7 +132,7 @@ def _resolved(
 
 
 def _held_back(
-    error: CannotTell, call: list[str], source: Source, cache: Path, have: Mapping[str, metadata.Distribution]
+    error: CannotTell, call: list[str], source: Source, cache: Path, have: Mapping[str, base.Installed]
 ) -> CannotTell:
     """The same refusal, in plain words where torch or triton stand in the way."""
     held = [n for n in base.HELD if n in have and f"{n}=={have[n].version}" in error.reason]

@@ -66,7 +66,7 @@ class Commits:
 
     def changed(self, before: str, after: str) -> list[str]:
         """The files that differ between two commits."""
-        return [printable(name) for name in self._git("diff", "--name-status", before, after).splitlines()]
+        return [printable(line.replace("\t", " ")) for line in self._git("diff", "--name-status", before, after).splitlines()]
 
     def overlay(self, commit: str) -> Overlay:
         """The checkout, or what was built of it, and metadata that say which commit it is. CannotTell if it does not build."""

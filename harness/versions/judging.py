@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER, ANSWER, LOG, JOURNAL = "order.json", "answer.json", "child.log", "journal.jsonl"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_ANSWER = 1 << 20
+MAX_ORDER = 1 << 28  # as a plan's file
 IMPORT_S = 300.0  # FlashInfer with torch takes 5..20 s from a cold disk
 START_S = 240.0  # two interpreters that import torch, on a loaded machine, and the end of the last case
 TAIL = 2000  # characters of what it said before it died
@@ -82,13 +83,15 @@ def judge_all(overlay: Overlay, items: Sequence[Item], terms: Terms, folder: Pat
     importable(overlay, terms.entries)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ANSWER).unlink(missing_ok=True)
-    (folder / ORDER).write_text(json.dumps({"items": [asdict(i) for i in items], "terms": asdict(terms)}))
+    (folder / ORDER).write_text(
+        json.dumps({"items": [asdict(i) for i in items], "terms": asdict(terms), "parent": os.getpid()})
+    )
     command = [sys.executable, "-P", "-m", "harness.versions.judging", str(folder)]
     limit = START_S + len(items) * (terms.limit_s + START_S)
     with (folder / LOG).open("wb") as log:
         code = _run(command, overlay, limit, log.fileno())
     verdicts = _verdicts(folder)
-    _told(folder, code)
+    _told(overlay, folder, code)
     return [verdicts[item.case_id, item.subject] for item in items]
 
 
@@ -161,14 +164,17 @@ def _verdicts(folder: Path) -> dict[tuple[str, str], Verdict]:
     return {(v.case_id, v.subject): v for v in journal.read(folder)}
 
 
-def _told(folder: Path, code: int) -> None:
-    """MoecheckError for what the child says went wrong; OverlayError if it says nothing."""
+def _told(overlay: Overlay, folder: Path, code: int) -> None:
+    """MoecheckError for what the child says went wrong. If it says nothing: OverlayError where it was killed, else CannotTell,
+    for the overlay holds something over which moecheck does not run."""
     try:
         said: dict[str, Any] = parse_json(regular(folder / ANSWER, MAX_ANSWER))
     except (OSError, ValueError) as error:
-        tail = printable((folder / LOG).read_text(errors="replace")[-TAIL:].strip().replace("\n", " | "))
-        how = "took too long" if code == -signal.SIGKILL else f"ended with {code} and no answer"
-        raise OverlayError(f"the interpreter over the overlay {how}: {tail}") from error
+        tail = printable((folder / LOG).read_text(errors="replace")[-TAIL:].strip().rpartition("\n")[2])
+        what = ", ".join(f"{name}=={version}" for name, version in overlay.packages.items())
+        if code == -signal.SIGKILL:
+            raise OverlayError(f"the interpreter over {what} was killed, or took too long: {tail}") from error
+        raise CannotTell(f"moecheck does not run over {what}: exit status {code}: {tail}") from error
     if "error" in said:
         raise MoecheckError(str(said["error"]))
 
@@ -178,7 +184,9 @@ def _main(folder: Path) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answer: dict[str, str] = {}
     try:
-        order = parse_json(regular(folder / ORDER, 1 << 28))
+        order = parse_json(regular(folder / ORDER, MAX_ORDER))
+        if os.getppid() != order["parent"]:  # killed before we asked to die with it
+            return
         _judge(order["items"], Terms(**order["terms"]), folder)
     except MoecheckError as error:
         answer = {"error": str(error)}

@@ -60,7 +60,7 @@ def run(arguments: Sequence[str], source: Source, cache: Path, what: str) -> str
     if code and source.wheelhouse is None and NO_NETWORK.search(said):
         code, again = _call([*base, "--offline"], what)
         if code:
-            why = _words(said).rpartition("cause: ")[2]
+            why = _words(said).rpartition(": ")[2]
             raise OverlayError(
                 f"{what}: the index {source.index} cannot be reached ({why}) and uv's cache {cache / 'uv'} does not have it;"
                 " give --wheelhouse DIR, a folder of wheels"
@@ -95,4 +95,4 @@ def _words(said: str) -> str:
     """uv's own reason in one line: what follows its first `error:`, without headings and hints."""
     lines = [" ".join(line.split()) for line in said.partition("error: ")[2].splitlines()]
     kept = [line for line in lines if line and not line.startswith(("No solution found", "hint:"))]
-    return printable(" ".join(kept))[:MOST].removeprefix("cause: ")
+    return printable(" ".join(kept).removeprefix("cause: ").replace(" cause: ", ": "))[:MOST]
