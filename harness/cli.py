@@ -20,10 +20,13 @@ from rich.table import Column, Table
 
 from harness import (
     __version__,
+    cli_attribute,
     cli_audit,
     cli_bisect,
     cli_bundle,
+    cli_diff,
     cli_list,
+    cli_matrix_versions,
     cli_overlay,
     cli_preflight,
     cli_versions,
@@ -54,7 +57,10 @@ ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ =
 app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-PyTorch reference.")
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+app.command("attribute")(cli_attribute.command)
 app.command("audit")(cli_audit.command)
+app.command("diff")(cli_diff.command)
+app.command("matrix-versions")(cli_matrix_versions.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command("bisect")(cli_bisect.command)

@@ -79,7 +79,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     if sum(x is not None for x in (contract, command, case)) != 1:
         raise MoecheckError("give either --contract ENTRY[:property], --case ID --backend B, or --command CMD")
     source = Source(index, None if wheelhouse is None else wheelhouse.absolute(), tuple(allow or ()))
-    item, terms = _subject(case, backend, platform, tuple(plugin or ()), limit)
+    item, terms = subject(case, backend, platform, tuple(plugin or ()), limit)
     chosen = None
     if case is not None or axis is not None or wheelhouse is not None:
         if contract is not None:
@@ -112,7 +112,7 @@ def _questions(given: Question, axis: str | None, chosen: axes.Axis | None) -> l
     return [question(good, False), *([question(newest, True)] if given.fix and newest != bad else [])]
 
 
-def _subject(
+def subject(
     case: str | None, backend: str | None, platform: str | None, plugins: tuple[str, ...], limit: float
 ) -> tuple[Item | None, Terms]:
     """What is judged, and how; MoecheckError before any version is touched."""

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from harness import journal
 from harness.backends import discover
 from harness.cli_options import Plugins
 from harness.errors import MoecheckError, UnknownName
-from harness.versions import store
+from harness.versions import observed, store
 from harness.versions.contracts import Entry
 from harness.versions.diff import Change, Effect, diff
 
@@ -94,6 +95,16 @@ def extract(
         out.print(f"{path}: {len(contract.entries)} entries of {contract.wheel}", markup=False)
 
 
+@app.command()
+def record(run: Annotated[Path, typer.Argument(help="Run folder, or a journal file.")]) -> None:
+    """Add what entry points returned in a real run to the stored contracts of the releases that ran."""
+    told = observed.record(journal.read_from(run))
+    for line in told:
+        out.print(line, markup=False)
+    if not told:
+        err.print(f"{run}: nothing new: no library with a stored contract returned anything that is not recorded", markup=False)
+
+
 def newest_or(package: str, text: str) -> str:
     """The version, or the newest one stored for the text `newest`."""
     if text != "newest":
@@ -122,6 +133,8 @@ def _describe(name: str, entry: Entry) -> None:
         out.print(f"  {star}{parameter.name}: {parameter.annotation or '-'}{default}", markup=False)
     if entry.returns:
         out.print(f"  returns {' or '.join(entry.returns)}; annotated {entry.annotation or 'nothing'}", markup=False)
+    if entry.seen:
+        out.print(f"  returned in real runs: {' or '.join(entry.seen)}", markup=False)
     for backend, allowed in entry.archs.items():
         out.print(f"  {backend or 'all backends'}: SM {', '.join(map(str, allowed))}", markup=False)
     for member, value in entry.values.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -20,10 +20,12 @@ from harness.backends.base import YES, Backend, Device, Launch, Support
 from harness.case import Case
 from harness.errors import PluginError, UnknownName
 from harness.inputs import Inputs
+from harness.returned import form
 from harness.twins import libs
 
 Function = Callable[..., Any]
 _PLANTED: ContextVar[Mapping[str, Function]] = ContextVar("_PLANTED", default=MappingProxyType({}))
+_RETURNED: ContextVar[dict[str, str] | None] = ContextVar("_RETURNED", default=None)
 
 
 @cache
@@ -44,7 +46,7 @@ def resolve(name: str, device: str) -> Function:
     """The function called `name` ("flashinfer.fused_moe.cutlass_fused_moe") for tensors on a device of this kind.
 
     UnknownName without a twin on the CPU; ImportError or AttributeError where the library lacks it on an accelerator, which
-    `needs` says in advance.
+    `needs` says in advance. What a function of the library returns is told to `recording`.
     """
     if name in _PLANTED.get():
         return _PLANTED.get()[name]
@@ -52,7 +54,32 @@ def resolve(name: str, device: str) -> Function:
         if name not in twins():
             raise UnknownName("twin", name, twins())
         return twins()[name]
-    return _imported(name)
+    return _observed(name, _imported(name))
+
+
+def _observed(name: str, function: Function) -> Function:
+    if isinstance(function, type) or not callable(function):  # an enum
+        return function
+
+    @wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        result = function(*args, **named)
+        if (seen := _RETURNED.get()) is not None and name not in seen:
+            seen[name] = form(result)
+        return result
+
+    return call
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Entry -> the form of what its first call inside returned (`harness.returned.form`), of functions resolved anywhere."""
+    seen: dict[str, str] = {}
+    token = _RETURNED.set(seen)
+    try:
+        yield seen
+    finally:
+        _RETURNED.reset(token)
 
 
 def _imported(name: str) -> Function:

@@ -20,6 +20,7 @@ from harness.case import Case
 from harness.checks import STATUS, Snapshot, mutated, overrun, repeated, snapshot, untrusted
 from harness.compare import compare
 from harness.diagnose import diagnose
+from harness.entry import recording
 from harness.guard import Violation
 from harness.inputs import Inputs, make_inputs
 from harness.memory import NAN, RedZones, poisoned
@@ -106,13 +107,14 @@ def run(
     """Judge one case on one subject."""
     started = time.perf_counter()
     progress, cache = progress or Progress(), cache or OracleCache()
-    try:
-        verdict = _judge(case, backend, device, progress, cache, options or Options())
-    except SubjectError as caught:
-        verdict = _died(case, backend, progress.stage, caught.error)
+    with recording() as returned:
+        try:
+            verdict = _judge(case, backend, device, progress, cache, options or Options())
+        except SubjectError as caught:
+            verdict = _died(case, backend, progress.stage, caught.error)
     if verdict.status.failed:
         cache.forget()
-    return replace(verdict, seconds=round(time.perf_counter() - started, 4))
+    return replace(verdict, seconds=round(time.perf_counter() - started, 4), returned=returned)
 
 
 def _died(case: Case, backend: Backend, stage: Stage, error: BaseException) -> Verdict:

@@ -16,6 +16,7 @@ from harness.known import mark
 from harness.plan import Plan
 from harness.select import Item
 from harness.verdict import Verdict
+from harness.versions import observed
 from harness.worker.replay import Budget
 from harness.worker.supervisor import Supervisor
 
@@ -94,7 +95,8 @@ class Session:
 
     def judge(self, item: Item) -> Verdict:
         """Judge one item, mark it with its known issue, record it."""
-        verdict = mark(self._worker.judge(Case.parse(item.case_id), item.subject), self._known)
+        verdict = observed.checked(self._worker.judge(Case.parse(item.case_id), item.subject))
+        verdict = mark(verdict, self._known)
         if self.journal is not None:
             self.journal.append(verdict)
         return verdict

@@ -112,7 +112,8 @@ class Diagnosis:
 class Verdict:
     """The judgement of one case on one subject. `comparison` and `diagnosis` are set only when something was compared;
     `rules`, where asked for: acceptance rule in use elsewhere -> would it have accepted this output; picture: path of the
-    error's heat map, relative to the run folder, where one was drawn; notes: what is worth telling and fails nobody."""
+    error's heat map, relative to the run folder, where one was drawn; notes: what is worth telling and fails nobody; returned:
+    entry point of the library -> what its first call returned (`harness.returned.form`), where the library itself ran."""
 
     case_id: str
     subject: str
@@ -129,6 +130,7 @@ class Verdict:
     plugins: tuple[str, ...] = ()
     rules: dict[str, bool] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
+    returned: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

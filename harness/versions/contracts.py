@@ -47,6 +47,7 @@ class Entry:
     values: Mapping[str, Any] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
     body: str = ""
+    seen: tuple[str, ...] = ()  # forms of what real runs returned, without sizes
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -71,7 +72,7 @@ class Entry:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Entry:
         """The inverse of `to_json`."""
-        lists = {name: tuple(data[name]) for name in ("returns", "checks") if name in data}
+        lists = {name: tuple(data[name]) for name in ("returns", "checks", "seen") if name in data}
         gates = {backend: tuple(ccs) for backend, ccs in data.get("archs", {}).items()}
         return Entry(**{**data, **lists, "archs": gates})
 

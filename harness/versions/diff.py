@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from harness.backends.base import Backend
+from harness.returned import kind
 from harness.versions.contracts import Contract, Entry, Parameter
 from harness.versions.returns import UNSEEN, kinds
 
@@ -78,8 +79,8 @@ def diff(old: Contract, new: Contract, backends: Iterable[Backend] = ()) -> tupl
     users = touched(backends, (*old.entries.items(), *new.entries.items()))
     found: list[Change] = []
     for name in sorted(old.entries.keys() | new.entries.keys()):
-        for kind, text, sure in _of_entry(name, old, new):
-            found.append(Change(name, kind, text, users.get(name, ()), sure))
+        for what, text, sure in _of_entry(name, old, new):
+            found.append(Change(name, what, text, users.get(name, ()), sure))
     return tuple(sorted(found, key=lambda c: (list(Effect).index(c.effect), c.entry, list(Kind).index(c.kind))))
 
 
@@ -125,6 +126,7 @@ def _of_entry(name: str, old: Contract, new: Contract) -> Iterator[Told]:
     else:
         yield from _of_signature(was, now)
         yield from _of_returns(was, now)
+        yield from _of_seen(was, now)
         yield from _of_archs(was.archs, now.archs)
         yield from _of_values(was.values, now.values)
         yield from _of_checks(was, now)
@@ -209,6 +211,13 @@ def _of_returns(was: Entry, now: Entry) -> Iterator[Told]:
             yield Kind.RETURN, text, bool(before - after) and UNSEEN not in before | after
     if was.annotation != now.annotation:
         yield Kind.RETURN_ANNOTATION, f"{was.annotation or 'none'} -> {now.annotation or 'none'}", True
+
+
+def _of_seen(was: Entry, now: Entry) -> Iterator[Told]:
+    """What real runs returned, where both releases ran: another kind for sure, else forms that have nothing in common."""
+    before, after = ({kind(form) for form in entry.seen} for entry in (was, now))
+    if before and after and not set(was.seen) & set(now.seen):
+        yield Kind.RETURN, f"in real runs: {' or '.join(was.seen)} -> {' or '.join(now.seen)}", not before & after
 
 
 def _of_archs(was: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]]) -> Iterator[Told]:

@@ -166,6 +166,20 @@ def rates(fails: Counts, passes: Counts, first_bad: int) -> tuple[float, float]:
     return out[0], out[1]
 
 
+def likelihoods(own: Counts, bad: Counts, good: Counts, model: Model) -> tuple[float, float]:
+    """(P(has the bug), P(has it not)) of something that failed and passed `own` = [fails, passes] times, both equally likely
+    before, where what has it gave `bad` and what has it not gave `good`; (0, 0) where neither can be."""
+    logs = []
+    for pool, log in ((bad, _log_bad), (good, _log_good)):
+        before, after = (log(counts[:1], counts[1:], model)[0] for counts in (pool, pool + own))
+        logs.append(after - before if np.isfinite(after) else -np.inf)
+    top = max(logs)
+    if not np.isfinite(top):
+        return 0.0, 0.0
+    weights = np.exp(np.array(logs) - top)
+    return float(weights[0] / weights.sum()), float(weights[1] / weights.sum())
+
+
 def _sides(counts: Counts) -> tuple[Counts, Counts]:
     """(sum before c, sum from c on) for c = 1 .. n - 1."""
     before = counts.cumsum()[:-1]

@@ -61,9 +61,14 @@ def load(package: str, version: str, root: Path = ROOT) -> Contract:
 
 
 def save(contract: Contract, root: Path = ROOT) -> Path:
-    """Write the contract to its place."""
+    """Write the contract to its place, whole or not at all. MoecheckError where that cannot be."""
     path = root / contract.package / f"{contract.version}.json"
-    path.write_text(contract.to_json())
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(contract.to_json())
+        temporary.replace(path)
+    except OSError as error:
+        raise MoecheckError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
