@@ -22,6 +22,9 @@ from harness import (
     __version__,
     cli_audit,
     cli_bundle,
+    cli_coverage,
+    cli_history,
+    cli_known,
     cli_list,
     cli_preflight,
     cli_versions,
@@ -54,6 +57,9 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
 app.command("load")(cli_bundle.load)
+app.command("history")(cli_history.command)
+app.command("coverage")(cli_coverage.command)
+app.command("known")(cli_known.command)
 app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)
 app.command("preflight")(cli_preflight.command)
