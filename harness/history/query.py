@@ -20,9 +20,7 @@ from harness.history.store import Place
 from harness.reading import printable
 
 PATTERN = 60  # outcomes shown of a flake
-ITEM = "subject, case_id, platform"
-GROUP = f"{ITEM}, versions, code"  # what is recorded of the conditions
-FREE = "failed AND replay NOT IN ('after', 'open')"  # a failure that is not known to need what ran before
+ITEM = "hash(v.subject, v.case_id, v.platform)"  # 64 bits: two of a million items meet once in 40 million histories
 
 
 class History:
@@ -52,6 +50,7 @@ class History:
         )
         if not place.local:
             self._connection.register_filesystem(place.fs)
+        self._judged = False
         self._open(files, since)
 
     def __enter__(self) -> History:
@@ -69,7 +68,8 @@ class History:
             if schemas != [(SCHEMA,)] and schemas:
                 raise HistoryError(f"rows of schema {', '.join(str(s[0]) for s in schemas)}; this moecheck reads {SCHEMA}")
             self._connection.execute(
-                """CREATE TEMP TABLE kept AS SELECT run, started, dated, platform, tier, shard, code, n, failed FROM (
+                """CREATE TEMP TABLE kept AS SELECT row_number() OVER (ORDER BY started, run) AS seq, run, started, dated,
+                  platform, tier, shard, code, n, failed FROM (
                 SELECT run, identity, min(started) started, min(dated) dated, mode(platform) platform, min(tier) tier,
                   min(shard) shard, min(code) code, count(*) n, count(*) FILTER (failed) failed,
                   row_number() OVER (PARTITION BY identity ORDER BY count(*) DESC, run) AS place
@@ -77,14 +77,26 @@ class History:
                 [since],
             )
             self._connection.execute(f"CREATE TEMP VIEW verdicts AS SELECT {names} FROM every SEMI JOIN kept USING (run)")
+
+    def _judge(self) -> None:
+        """The tables `judged`, what was no skip, by numbers: seq of the run, item, cond for all that is recorded of the
+        conditions; and `flaky`, of each item the conditions under which it has both outcomes, as `flakes` has it."""
+        if self._judged:
+            return
+        with self._said():
             self._connection.execute(
-                f"""CREATE TEMP TABLE flaky AS SELECT {GROUP}, count(*) FILTER (status = 'PASSED') AS good,
-                  count(*) FILTER ({FREE}) AS bad, count(*) FILTER (replay = 'vanished') AS vanished,
-                  coalesce(max(started) FILTER (status = 'PASSED') < min(started) FILTER ({FREE}), false)
-                    AND count(*) FILTER ({FREE} AND replay <> 'alone') = 0 AS stayed
-                FROM verdicts WHERE outcome <> 'skipped' GROUP BY {GROUP}
-                HAVING vanished > 0 OR (good > 0 AND bad > 0 AND NOT stayed AND code <> '' AND NOT ends_with(code, '+'))"""
+                f"""CREATE TEMP TABLE judged AS SELECT seq, {ITEM} AS item, hash(versions, v.code) AS cond,
+                  v.code <> '' AND NOT ends_with(v.code, '+') AS exact, status = 'PASSED' AS passed, v.failed,
+                  v.failed AND replay NOT IN ('after', 'open') AS free, replay, outcome = 'red' AS red
+                FROM every v JOIN kept k USING (run) WHERE outcome <> 'skipped'"""
             )
+            self._connection.execute(
+                """CREATE TEMP TABLE flaky AS SELECT item, cond, count(*) FILTER (replay = 'vanished') AS vanished,
+                  max(seq) FILTER (free) AS last FROM judged GROUP BY item, cond
+                HAVING vanished > 0 OR (bool_or(passed) AND bool_or(free) AND bool_and(exact) AND NOT (
+                  max(seq) FILTER (passed) < min(seq) FILTER (free) AND count(*) FILTER (free AND replay <> 'alone') = 0))"""
+            )
+        self._judged = True
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -106,22 +118,24 @@ class History:
     def regressions(self) -> list[Regression]:
         """Cases whose newest verdict fails and is excused by no known issue, and that passed before; not those that are
         flaky at the newest verdict's versions."""
+        self._judge()
         found = self._all(
-            f"""WITH newest AS (
-              SELECT {ITEM}, arg_max(outcome, (started, run)) AS now, max((started, run)) FILTER (status = 'PASSED') AS good,
-                arg_max(versions, (started, run)) AS versions, arg_max(code, (started, run)) AS code
-              FROM verdicts WHERE outcome <> 'skipped' GROUP BY {ITEM}),
-            lost AS (SELECT {ITEM}, good FROM newest n WHERE now = 'red' AND good IS NOT NULL AND NOT EXISTS (
-              SELECT * FROM flaky f WHERE ({GROUP}) = ({_of("n", GROUP)}))),
-            told AS (SELECT {ITEM}, run, started, status, reason, replay, versions, code,
-                (started, run) = good AS passed, (started, run) > good AND failed AS bad
-              FROM verdicts JOIN lost USING ({ITEM}) WHERE outcome <> 'skipped' AND (started, run) >= good)
-            SELECT {ITEM}, any_value(run) FILTER (passed), any_value(started) FILTER (passed),
-              arg_min(run, (started, run)) FILTER (bad), min(started) FILTER (bad), count(*) FILTER (bad),
-              arg_max(status, (started, run)), arg_max(reason, (started, run)), arg_max(replay, (started, run)),
-              any_value(versions) FILTER (passed), any_value(code) FILTER (passed),
-              arg_min(versions, (started, run)) FILTER (bad), arg_min(code, (started, run)) FILTER (bad)
-            FROM told GROUP BY {ITEM} ORDER BY {ITEM}"""
+            f"""WITH newest AS (SELECT item, arg_max(red, seq) AS red, arg_max(cond, seq) AS cond,
+                max(seq) FILTER (passed) AS good FROM judged GROUP BY item),
+            lost AS (SELECT item, good FROM newest n WHERE red AND good IS NOT NULL
+              AND NOT EXISTS (SELECT * FROM flaky f WHERE f.item = n.item AND f.cond = n.cond)),
+            span AS (SELECT item, good, min(seq) AS bad, max(seq) AS last, count(*) AS runs
+              FROM judged JOIN lost USING (item) WHERE failed AND seq > good GROUP BY item, good),
+            three AS (SELECT item, unnest([good, bad, last]) AS seq, good, bad, last, runs FROM span),
+            told AS (SELECT DISTINCT v.*, k.seq, good, bad, last, runs FROM every v JOIN kept k USING (run)
+              JOIN three t ON t.seq = k.seq AND t.item = {ITEM})
+            SELECT subject, case_id, platform, any_value(run) FILTER (seq = good), any_value(started) FILTER (seq = good),
+              any_value(run) FILTER (seq = bad), any_value(started) FILTER (seq = bad), runs,
+              any_value(status) FILTER (seq = last), any_value(reason) FILTER (seq = last),
+              any_value(replay) FILTER (seq = last),
+              any_value(versions) FILTER (seq = good), any_value(code) FILTER (seq = good),
+              any_value(versions) FILTER (seq = bad), any_value(code) FILTER (seq = bad)
+            FROM told GROUP BY subject, case_id, platform, runs ORDER BY ALL"""
         )
         return [Regression(*(*v[:11], _environment(v[11], v[12]), _environment(v[13], v[14]))) for v in found]
 
@@ -129,21 +143,18 @@ class History:
         """What counts: in runs on the same device with the same versions of everything, moecheck's commit included and without
         uncommitted changes, the case both passed and failed; a failure that needs what ran before does not count, and one
         that came to stay and dies alone in a fresh child is no flake. Or a death that fresh children did not repeat."""
+        self._judge()
         found = self._all(
-            f"""WITH items AS (SELECT DISTINCT {ITEM} FROM flaky),
-            judged AS (SELECT {GROUP}, started, run, status, replay, status = 'PASSED' AS passed, {FREE} AS free
-              FROM verdicts JOIN items USING ({ITEM}) WHERE outcome <> 'skipped'),
-            sets AS (SELECT {GROUP}, count(*) FILTER (free) AS bad, count(*) FILTER (passed) AS good,
-                max((started, run)) FILTER (free) AS last FROM judged GROUP BY {GROUP}),
-            rates AS (SELECT {ITEM}, sum(s.bad)::INT AS bad, sum(s.good + s.bad)::INT AS runs FROM sets s
-              LEFT JOIN flaky f USING ({GROUP}) WHERE s.good > 0 OR f.vanished > 0 GROUP BY {ITEM}),
-            newest AS (SELECT {ITEM}, max(s.last) AS last, arg_max(versions, s.last) AS versions, arg_max(code, s.last) AS code,
-                sum(f.vanished)::INT AS vanished FROM sets s JOIN flaky f USING ({GROUP}) GROUP BY {ITEM})
-            SELECT {ITEM}, r.bad, r.runs, n.vanished,
-              string_agg(CASE WHEN passed THEN '.' ELSE 'F' END, '' ORDER BY started, run), n.last[1],
-              arg_max(status, (started, run)) FILTER (free), n.versions, n.code
-            FROM judged j JOIN rates r USING ({ITEM}) JOIN newest n USING ({ITEM})
-            GROUP BY {ITEM}, r.bad, r.runs, n.vanished, n.last, n.versions, n.code ORDER BY {ITEM}"""
+            f"""WITH items AS (SELECT item, sum(vanished)::INT AS vanished, max(last) AS last FROM flaky GROUP BY item),
+            sets AS (SELECT item, cond, count(*) FILTER (free) AS bad, count(*) FILTER (passed) AS good
+              FROM judged SEMI JOIN items USING (item) GROUP BY item, cond),
+            rates AS (SELECT item, sum(bad)::INT AS bad, sum(good + bad)::INT AS runs FROM sets s
+              LEFT JOIN flaky f USING (item, cond) WHERE good > 0 OR f.vanished > 0 GROUP BY item),
+            patterns AS (SELECT item, string_agg(CASE WHEN passed THEN '.' ELSE 'F' END, '' ORDER BY seq) AS pattern
+              FROM judged SEMI JOIN items USING (item) GROUP BY item)
+            SELECT subject, case_id, v.platform, bad, runs, vanished, pattern, v.started, status, versions, v.code
+            FROM every v JOIN kept k USING (run) JOIN items i ON i.last = k.seq AND i.item = {ITEM}
+              JOIN rates r ON r.item = i.item JOIN patterns p ON p.item = i.item ORDER BY ALL"""
         )
         return [Flake(*(*v[:6], v[6][-PATTERN:], *v[7:9], _environment(v[9]), v[10])) for v in found]
 
@@ -223,10 +234,6 @@ class History:
             FROM marked JOIN newest USING (known) GROUP BY known, matched, judged, held"""
         )
         return {values[0]: Matched(*values[1:]) for values in found}
-
-
-def _of(table: str, columns: str) -> str:
-    return ", ".join(f"{table}.{name}" for name in columns.split(", "))
 
 
 def _literal(path: str) -> str:

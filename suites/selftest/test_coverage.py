@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from harness import config, journal
+from harness import config, journal, plan, plan_cache
 from harness.backends import discover
+from harness.backends.base import CPU
 from harness.case import Case
 from harness.errors import ConfigError
 from harness.history import require, synthetic
@@ -176,6 +177,16 @@ def test_the_example_is_true_of_the_cpu_platform(tmp_path: Path) -> None:
     assert not require.missing(wanted, ledger(facts, promised, NOW), promised)
     late = require.missing(wanted, ledger((), promised, NOW), promised)
     assert {(m.cell.backend, m.cell.recipe) for m in late} == {(p.backend, p.recipe) for p in promised}
+
+
+def test_the_tier_smoke_asks_for_every_cell_of_the_example() -> None:
+    """As the example's reasons say: a CPU runner that runs it is green."""
+    backends = discover(())
+    rows = plan_cache.cached(plan_cache.folder(), print)
+    request = plan.Request("cpu", "smoke")
+    cases = [(i.subject, Case.parse(i.case_id)) for i in plan.make(request, backends, CPU, rows=rows).items]
+    planned = {(subject, str(case.recipe), case.activation_format, "cpu") for subject, case in cases}
+    assert {p.key for p in promises([config.platform("cpu")], backends) if p.ways != (Way.CONTRACT,)} <= planned
 
 
 # ---- the command
