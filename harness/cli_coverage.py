@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness import config
@@ -26,6 +27,7 @@ from harness.history.query import History
 from harness.history.require import Missing, load, missing
 from harness.plan import Request
 from harness.plan import grid as grid_of
+from harness.reading import printable
 from harness.run import STRENGTHS
 
 CLEAN, NOT_RUN = 0, 1  # exit codes
@@ -62,7 +64,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     else:
         _show(shown, reached, set(platform or ()))
         for one in late:
-            out.print(f"REQUIRED {one}", markup=False, style="red")
+            out.print(printable(f"REQUIRED {one}"), markup=False, style="red")
     if wanted is not None and not as_json:
         out.print(f"{len(late)} required cells have not really run in time" if late else "all required cells ran in time")
     raise typer.Exit(finished(asked.left_out, NOT_RUN if late else CLEAN))
@@ -102,7 +104,7 @@ def _show(cells: list[Cell], reached: Reached, in_full: set[str]) -> None:
             width = shutil.get_terminal_size((140, 40)).columns
             Console(width=width, highlight=False, file=out.file).print(_table(by_state[State.EXECUTED]))
         for line in (*_stopped(mine), *_skipped(by_state[State.SKIPPED]), *_unplanned(by_state[State.UNPLANNED])):
-            out.print(line, markup=False)
+            out.print(printable(line), markup=False)
         if found := reached.get(arch):
             width = max(map(len, found))
             out.print("Combinations of axis values executed in the window, of those that are possible:", markup=False)
@@ -120,7 +122,8 @@ def _table(cells: list[Cell]) -> Table:
         rows[c.backend, c.activation_format, c.last[:16], f"{c.days:.1f}", c.device, c.library].append(c)
     for key, of in rows.items():
         executed, failed = sum(c.executed for c in of), sum(c.failed for c in of)
-        table.add_row(*key, f"{failed} of {executed}", ", ".join(c.recipe for c in of))
+        told = (*key, f"{failed} of {executed}", ", ".join(c.recipe for c in of))
+        table.add_row(*(escape(printable(text)) for text in told))
     return table
 
 

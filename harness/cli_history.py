@@ -57,7 +57,7 @@ def command(
         out.print(json.dumps({"schema": SCHEMA, **data, "left_out": history.left_out}, indent=1), markup=False)
     else:
         for line in (*_runs(runs), *_regressions(regressions), *_flakes(flakes), *_drifts(drifts), *_slow(slow)):
-            out.print(line, markup=False)
+            out.print(printable(line), markup=False)
     raise typer.Exit(finished(history.left_out, KERNEL_FAILED if regressions else CLEAN))
 
 

@@ -16,6 +16,7 @@ from harness.cli_history import AsJson, Now, cache, finished, moment
 from harness.history.answers import Matched
 from harness.history.query import History
 from harness.known import KnownIssue
+from harness.reading import printable
 
 CLEAN, RED = 0, 1  # exit codes
 SCHEMA = 1
@@ -64,7 +65,7 @@ def command(
     else:
         for entry in entries:
             for line in _lines(entry, today, said is not None):
-                out.print(line, markup=False)
+                out.print(printable(line), markup=False)
         out.print(
             f"{len(entries)} known issues{' whose date is over' if expired else ''}, {sum(bool(e.red) for e in entries)} red"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class History:
                 FROM every WHERE started >= ? GROUP BY run, identity) WHERE place = 1""",
                 [since],
             )
+            for run, started in self._all("SELECT run, started FROM kept"):
+                _moment(run, started)
             self._connection.execute(f"CREATE TEMP VIEW verdicts AS SELECT {names} FROM every SEMI JOIN kept USING (run)")
 
     def _judge(self) -> None:
@@ -241,6 +244,22 @@ def _literal(path: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
 
 
+def _moment(run: str, started: str) -> None:
+    """HistoryError for a start that is no time: somebody else may have written the file."""
+    try:
+        aware = datetime.fromisoformat(started).tzinfo is not None
+    except (ValueError, TypeError):
+        aware = False
+    if not aware:
+        text = printable(f"run {run}: started at {started}")[:300]
+        raise HistoryError(f"{text}; wanted ISO 8601 with its zone; delete its {store.NAME}, the journal is enough")
+
+
 def _environment(text: str, code: str = "") -> dict[str, str]:
-    environment: dict[str, str] = json.loads(text) if text else {}
+    """The recorded versions; what is no JSON object, which nobody here wrote, as it stands."""
+    try:
+        loaded = json.loads(text or "{}")
+        environment = {str(name): str(value) for name, value in loaded.items()}
+    except (ValueError, AttributeError):
+        environment = {"versions": text}
     return {**environment, "moecheck": code} if code else environment

@@ -58,7 +58,9 @@ def row(verdict: Verdict, run: Run) -> dict[str, Any]:
     for name in ("worst", "mean_z2", "rel_l2", "independent"):
         value = None if compared is None else float(getattr(compared, name))
         data[name] = value if value is not None and abs(value) < float("inf") else None
-    return {name: printable(value) if isinstance(value, str) else value for name, value in data.items()}
+    return {
+        name: value if not isinstance(value, str) or value.isprintable() else printable(value) for name, value in data.items()
+    }
 
 
 def library(environment: dict[str, str]) -> str:

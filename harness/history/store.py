@@ -75,6 +75,7 @@ class Place:
     def entries(self) -> list[Entry]:
         """The run folders in it, by name; itself, where it is one, under the name ""."""
         try:
+            self.fs.invalidate_cache()
             found = self.fs.find(self.path, maxdepth=2, detail=True)
         except (OSError, ValueError) as error:
             raise HistoryError(f"{self.url}: cannot be read: {printable(str(error))[:300]}") from error

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from harness.errors import HistoryError
 from harness.history import bench, store, synthetic
 from harness.history.ledger import ledger, promises
 from harness.history.query import History
-from harness.history.rows import Run, replay, row
+from harness.history.rows import COLUMNS, Run, replay, row
 from harness.history.store import Place, add
 from harness.history.synthetic import Change, Night, failed, items, verdicts, write
 from harness.select import Item
@@ -286,6 +287,33 @@ def test_a_damaged_parquet_file_is_a_clear_error(tmp_path: Path, content: bytes)
     (tmp_path / "a" / store.NAME).write_bytes(content)
     with pytest.raises(HistoryError, match="no Parquet of moecheck's"):
         History(str(tmp_path), tmp_path / "cache")
+
+
+def test_a_strangers_parquet_file_drives_nothing(tmp_path: Path, moecheck: Callable[..., Any]) -> None:
+    """Its rows are typed, and its words may be anything: markup, colours, versions that are no JSON, a time that is none."""
+    run = Run("[red]r", "i", "2026-01-01T03:00:00+00:00", "run.json", "cpu", "ci", "p", "", "c")
+    rows = [row(v, run) for v in verdicts(night(0), PLAN[:1])] * 2
+    rows[1] = {**rows[0], "run": "s", "identity": "j", "status": "WRONG", "outcome": "red", "failed": True, "versions": "]{"}
+    rows = [{**one, "device": "[/bold]\x1b[31mred"} for one in rows]
+
+    def write_rows(started: str) -> None:
+        for name, one in zip("rs", rows, strict=True):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / "rows.jsonl").write_text(json.dumps({**one, "started": started if name == "s" else one["started"]}))
+            columns = ", ".join(f"{key}: '{kind}'" for key, kind in COLUMNS.items())
+            read = f"read_json('{tmp_path}/rows.jsonl', format = 'newline_delimited', columns = {{{columns}}})"
+            store.duckdb().sql(f"COPY (SELECT * FROM {read}) TO '{tmp_path}/{name}/{store.NAME}' (FORMAT parquet)")
+
+    write_rows("2026-01-02T03:00:00+00:00")
+    told = moecheck("history", str(tmp_path))
+    assert told.code == 1
+    assert "versions - -> ]{" in told.out
+    shown = moecheck("coverage", str(tmp_path), "--platform", "cpu", "--now", "2026-01-03")
+    assert shown.code == 0
+    assert "\x1b[31m" not in told.out + shown.out
+    for wrong in ("yesterday", "2026-01-02"):
+        write_rows(wrong)
+        assert "wanted ISO 8601 with its zone" in moecheck("history", str(tmp_path)).err
 
 
 def test_hostile_words_and_names_go_through(tmp_path: Path, opened: Callable[[Path | str], History]) -> None:
