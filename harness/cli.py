@@ -24,7 +24,10 @@ from harness import (
     cli_audit,
     cli_bisect,
     cli_bundle,
+    cli_coverage,
     cli_diff,
+    cli_history,
+    cli_known,
     cli_list,
     cli_matrix_versions,
     cli_overlay,
@@ -62,6 +65,9 @@ app.command("audit")(cli_audit.command)
 app.command("diff")(cli_diff.command)
 app.command("matrix-versions")(cli_matrix_versions.command)
 app.command("load")(cli_bundle.load)
+app.command("history")(cli_history.command)
+app.command("coverage")(cli_coverage.command)
+app.command("known")(cli_known.command)
 app.add_typer(cli_versions.app, name="contracts")
 app.command("bisect")(cli_bisect.command)
 app.command("overlay")(cli_overlay.command)
