@@ -44,6 +44,7 @@ CORE = (
     "ratio",
     "relations",
     "select",
+    "shard",
     "shrink",
     "space",
     "steady",
