@@ -14,7 +14,7 @@ from rich.console import Console
 from harness import config, journal, plan
 from harness.backends import files
 from harness.errors import PluginError, SelectionError, UnknownName
-from harness.report.annotations import annotations
+from harness.report.annotations import errors
 
 MAX_JOBS = 256  # of a matrix, GitHub; Buildkite's parallelism goes further
 MAX_SUMMARY = (1 << 20) - 1024  # bytes of a step: GitHub drops the whole summary from 1 MiB on
@@ -84,7 +84,7 @@ def annotate(
         declared = files(the_plan.request.plugins)
     except PluginError:  # the plugin may live on the machine that ran it
         declared = files()
-    for text in annotations(verdicts, declared):
+    for text in errors(verdicts, declared):
         out.print(text, markup=False, soft_wrap=True)
     if summary is not None:
         _append(summary, folder)
@@ -115,7 +115,7 @@ def buildkite(
         str, typer.Option(help="Shell line that makes `moecheck` callable on an agent.")
     ] = "pip install --editable .",
 ) -> None:
-    """Print the steps of a Buildkite pipeline: plan, shards, merge. Use: moecheck pipeline buildkite | buildkite-agent pipeline upload."""
+    """Print the steps of a Buildkite pipeline, plan, shards and merge, for `buildkite-agent pipeline upload`."""
     _known("tier", tier, config.names("tiers"))
     queues = dict(_queue(text) for text in queue or ["cpu=default"])
     steps = [step for platform, name in queues.items() for step in _steps(platform, name, tier, shards, install)]
@@ -145,7 +145,8 @@ def _steps(platform: str, queue: str, tier: str, shards: int, install: str) -> l
     run["commands"] = [
         install,
         f"buildkite-agent artifact download {plan_file} .",
-        f'buildkite-agent artifact download --include-retried-jobs "{folder}/*" . || true',  # a try before died: go on from there
+        # where a try before died, go on from there
+        f'buildkite-agent artifact download --include-retried-jobs "{folder}/*" . || true',
         f'moecheck run --plan {plan_file} --shard "{shard}" --resume "{folder}"',
     ]
     after = {"step": f"run-{platform}", "allow_failure": True}
@@ -154,7 +155,8 @@ def _steps(platform: str, queue: str, tier: str, shards: int, install: str) -> l
         install,
         f'buildkite-agent artifact download "runs/{name}-*/**/*" .',
         f"status=0; moecheck merge runs/{name}-*of* --out merged/{name} || status=$$?",
-        f'buildkite-agent annotate --context {name} --style "$$([ $$status = 0 ] && echo success || echo error)" < merged/{name}/summary.md',
+        "style=error; if [ $$status = 0 ]; then style=success; fi",
+        f"buildkite-agent annotate --context {name} --style $$style < merged/{name}/summary.md",
         "exit $$status",
     ]
     return [planned, run, merge]

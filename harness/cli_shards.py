@@ -39,11 +39,9 @@ def save(the_plan: Plan, path: Path, places: list[Path], out: Console) -> None:
     measured = sum(item in known for item in the_plan.items)
     counts = Counter(item.subject for item in the_plan.items)
     out.print(", ".join(f"{name} {number}" for name, number in counts.items()), markup=False)
-    out.print(
-        f"{len(the_plan.items)} items of tier {the_plan.request.tier} on {the_plan.request.platform}, about {sum(seconds):.0f} s "
-        f"({measured} as recorded, the others estimated), digest {the_plan.digest}; {path}",
-        markup=False,
-    )
+    what = f"{len(the_plan.items)} items of tier {the_plan.request.tier} on {the_plan.request.platform}"
+    how_long = f"about {sum(seconds):.0f} s ({measured} as recorded, the others estimated)"
+    out.print(f"{what}, {how_long}, digest {the_plan.digest}; {path}", markup=False)
 
 
 def folder_of(the_plan: Plan, shard: Shard | None, out_dir: Path | None, resume: Path | None) -> Path:

@@ -32,7 +32,7 @@ def _runs(place: Path) -> list[Path]:
     runs = [path.parent for path in place.glob(f"*/{journal.NAME}")]
     if not runs:
         raise RunFolderError(
-            f"--durations {place}: neither a run nor a folder of runs: no {journal.NAME} in it; give one, or leave the option out"
+            f"--durations {place}: neither a run nor a folder of runs: no {journal.NAME} in it; wanted one of them"
         )
     return sorted(runs, key=_when)[-RECENT:]
 

@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Gap:
-    """Items without a verdict: `missing` of the `planned` ones of a shard, or of a whole run (shard None); advice: what to do."""
+    """Items without a verdict: `missing` of the `planned` ones of a shard, or of a whole run (None); advice: what to do."""
 
     shard: Shard | None
     missing: int

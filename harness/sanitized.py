@@ -50,7 +50,7 @@ def tools_of(tier: str, shard: Shard | None) -> dict[str, int]:
 
 
 def owed(plan: Plan, shard: Shard | None, verdicts: Iterable[Verdict]) -> dict[str, list[Item]]:
-    """Tool -> what is to be judged under it of a whole run or shard with these verdicts; nothing where no kernel runs on a GPU."""
+    """Tool -> what is to be judged under it of a run or shard with these verdicts; nothing where no kernel runs on a GPU."""
     if config.platform(plan.request.platform).device != "cuda":
         return {}
     found = list(verdicts)

@@ -57,7 +57,7 @@ def size(case: Case) -> int:
 
 def estimate(case: Case) -> float:
     """Seconds that a case may take where nobody has measured it."""
-    return REFERENCE_S * (max(size(case), REFERENCE_SIZE) / REFERENCE_SIZE) ** GROWTH
+    return REFERENCE_S * math.pow(max(size(case), REFERENCE_SIZE) / REFERENCE_SIZE, GROWTH)
 
 
 def costs(items: Sequence[Item], recorded: Mapping[Item, float]) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ SHOWN = 10  # GitHub shows ten annotations of a kind in each step
 MAX_TEXT = 1000  # characters: the page folds after a few lines, the journal has the rest
 
 
-def annotations(verdicts: Iterable[Verdict], files: Mapping[str, Path]) -> list[str]:
+def errors(verdicts: Iterable[Verdict], files: Mapping[str, Path]) -> list[str]:
     """One line a failure, at most SHOWN. files: backend -> the file that declares it."""
     found = list(verdicts)
     lines = []

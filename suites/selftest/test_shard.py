@@ -1,4 +1,4 @@
-"""Shards: every item in exactly one of them for any count, about equally long, a case's subjects together where that is free."""
+"""Shards: every item in exactly one of them for any count, about equally long, a case together where that is free."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_plan_keeps_its_seconds_and_shares_by_them(tmp_path: Path) -> None:
     assert read.share(None) is read
 
 
-@pytest.mark.parametrize("old, new", [(', "seconds": 2.0', ""), ("2.0}", "-2.0}"), ("2.0}", '"x"}'), ("2.0}", "1e999}")])
+@pytest.mark.parametrize(("old", "new"), [(', "seconds": 2.0', ""), ("2.0}", "-2.0}"), ("2.0}", '"x"}'), ("2.0}", "1e999}")])
 def test_seconds_that_cannot_be_are_refused(tmp_path: Path, old: str, new: str) -> None:
     path = tmp_path / plan.NAME
     Plan(Request("cpu", "smoke"), 60.0, tuple(items_of(2, 1)), 0, seconds=(1.0, 2.0)).write(path)
