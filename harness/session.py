@@ -10,7 +10,7 @@ from harness import config, plan, run_info
 from harness.backends.base import Device, Support
 from harness.case import Case
 from harness.device import detect
-from harness.errors import MoecheckError, RunFolderError, UnknownName
+from harness.errors import MoecheckError, RunFolderError, SelectionError, UnknownName
 from harness.journal import Journal
 from harness.known import mark
 from harness.plan import Plan
@@ -74,7 +74,10 @@ def begin(the_plan: Plan, folder: Path, shard: Shard | None = None) -> None:
 def shard_of(folder: Path) -> Shard | None:
     """The shard that a run folder is; None for a whole run. RunFolderError for one that cannot be."""
     info = run_info.read(folder)
-    return None if info is None or info.shard is None else Shard(*info.shard)
+    try:
+        return None if info is None or info.shard is None else Shard(*info.shard)
+    except SelectionError as error:
+        raise RunFolderError(f"{folder / run_info.NAME}: {error}; give a folder made by moecheck run") from error
 
 
 class Session:
