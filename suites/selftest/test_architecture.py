@@ -17,6 +17,7 @@ CORE = (
     "case",
     "checks",
     "compare",
+    "covering",
     "diagnose",
     "errors",
     "evidence",
