@@ -54,7 +54,7 @@ def grids(draw: st.DrawFn) -> tuple[dict[str, list[int | str]], list[Table]]:
 
 
 @given(grids(), st.integers(2, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_tables_give_the_rows_of_covertable(given: tuple[dict[str, list[int | str]], list[Table]], strength: int) -> None:
     """Half-filled rows from which nothing valid follows, rows that are given up, combinations that nobody can cover."""
     axes, tables = given
