@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from harness.anchors import Products
 from harness.errors import CaseError, UnknownName
@@ -93,6 +94,7 @@ class Recipe:
     out: str
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a journal of 100,000 cases has a few dozen
     def parse(cls, text: str) -> Recipe:
         """The recipe written as `text`; CaseError if it has more than four parts, UnknownName for an unknown format."""
         parts = text.split("-")
@@ -206,7 +208,7 @@ class Case:
     def axes(self) -> dict[str, int | str]:
         """The case as one value per axis name, as plans and configurations speak of it."""
         names = {name: getattr(self, name) for name in ("op", "routing", "activation", "fill", "skew", "seed")}
-        return {**asdict(self.shape), **names, "recipe": str(self.recipe)}
+        return {**vars(self.shape), **names, "recipe": str(self.recipe)}
 
     def vary(self, **axes: int | str) -> Case:
         """A copy with some axes replaced, `recipe` given as text."""
