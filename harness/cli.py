@@ -24,6 +24,7 @@ from harness import (
     cli_bundle,
     cli_list,
     cli_preflight,
+    cli_report,
     cli_versions,
     cli_warm,
     config,
@@ -58,6 +59,7 @@ app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
+app.command("report")(cli_report.command)
 
 
 @app.command()

@@ -1,0 +1,133 @@
+"""A report page in a real browser, for people who change it: pictures to look at, and how long the largest page takes to open.
+
+    python suites/report_browser.py shots report.html /tmp/shots      light, dark, phone; the list and the first failure
+    python suites/report_browser.py speed --verdicts 100000           builds a page of that many and opens it
+
+Needs Playwright and Chromium (MOECHECK_CHROMIUM, default: the chromium on PATH).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2, "has_touch": True},
+    "phone_dark": {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "device_scale_factor": 2},
+}
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser; its sandbox is off because root has none."""
+    from playwright.sync_api import sync_playwright
+
+    path = os.environ.get("MOECHECK_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def shots(page: Path, folder: Path) -> None:
+    """The page as people see it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        for name, options in VIEWS.items():
+            context = browser.new_context(**options)
+            tab = context.new_page()
+            tab.goto(page.resolve().as_uri())
+            tab.screenshot(path=folder / f"{name}.png")
+            tab.screenshot(path=folder / f"{name}_whole.png", full_page=True)
+            tab.goto(page.resolve().as_uri() + "#v=0")
+            tab.screenshot(path=folder / f"{name}_failure.png", full_page=True)
+            context.close()
+    print(f"{len(VIEWS) * 3} pictures in {folder}")  # noqa: T201
+
+
+def journal(folder: Path, verdicts: int) -> None:
+    """A journal of so many lines, made of the stored ones of an H200 with seeds of their own."""
+    stored = [line for name in ("vllm", "flashinfer", "deaths", "ci") for line in _lines(f"sm90_h200_{name}.jsonl")]
+    with (folder / "journal.jsonl").open("w") as file:
+        for seed, line in enumerate(islice(cycle(stored), verdicts)):
+            data = json.loads(line)
+            data["case_id"] = f"{data['case_id'].rpartition('.s')[0]}.s{seed}"
+            file.write(json.dumps(data) + "\n")
+
+
+def _lines(name: str) -> list[str]:
+    return (ROOT / "configs" / "baselines" / name).read_text().splitlines()
+
+
+def speed(verdicts: int) -> None:
+    """Seconds and memory to build a page, its size, and how long until it can be used."""
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as name:
+        folder, page = Path(name), Path(name) / "report.html"
+        journal(folder, verdicts)
+        child = os.fork()
+        if not child:  # a process of its own, so that the memory is that of a report alone
+            _build(folder, page)
+            os._exit(0)
+        os.waitpid(child, 0)
+        with chromium() as browser:
+            for attempt in ("first", "again"):
+                tab = browser.new_page()
+                started = time.perf_counter()
+                tab.goto(page.as_uri())
+                tab.wait_for_selector("#body a")
+                opened = time.perf_counter() - started
+                started = time.perf_counter()
+                tab.fill("#q", "t17 e33")
+                tab.wait_for_function("document.getElementById('shown').textContent.indexOf(' of ') > 0 && location.hash.includes('q=')")
+                print(f"{attempt}: opened in {opened:.2f} s, filtered in {time.perf_counter() - started:.2f} s")  # noqa: T201
+                tab.close()
+
+
+def _build(folder: Path, page: Path) -> None:
+    started = time.perf_counter()
+    from harness.report import page as report
+
+    imported = time.perf_counter()
+    loaded = report.load(folder, {})
+    read = time.perf_counter()
+    report.write(page, loaded)
+    wrote = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(  # noqa: T201
+        f"{len(loaded.verdicts)} verdicts: import {imported - started:.2f} s, read {read - imported:.2f} s, "
+        f"write {wrote - read:.2f} s; {page.stat().st_size / 2**20:.1f} MiB; peak memory {peak:.2f} GiB"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("shots")
+    look.add_argument("page", type=Path)
+    look.add_argument("folder", type=Path)
+    commands.add_parser("speed").add_argument("--verdicts", type=int, default=100_000)
+    asked = parser.parse_args()
+    if asked.command == "shots":
+        shots(asked.page, asked.folder)
+    else:
+        speed(asked.verdicts)
+
+
+if __name__ == "__main__":
+    main()
