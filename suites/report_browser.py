@@ -53,7 +53,7 @@ def shots(page: Path, folder: Path) -> None:
             tab.goto(page.resolve().as_uri())
             tab.screenshot(path=folder / f"{name}.png")
             tab.screenshot(path=folder / f"{name}_whole.png", full_page=True)
-            tab.goto(page.resolve().as_uri() + "#v=0")
+            tab.goto(page.resolve().as_uri() + "#v=" + os.environ.get("ROW","0"))
             tab.screenshot(path=folder / f"{name}_failure.png", full_page=True)
             context.close()
     print(f"{len(VIEWS) * 3} pictures in {folder}")  # noqa: T201

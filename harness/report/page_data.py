@@ -42,9 +42,9 @@ def one_line(text: object, limit: int = MAX_NOTE) -> str:
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
-def number(x: float) -> float | str:
-    """Four digits of it; inf and nan, which JSON lacks, as text."""
-    return float(f"{x:.4g}") if math.isfinite(x) else str(x)
+def number(x: float, digits: int = 4) -> float | str:
+    """So many digits of it; inf and nan, which JSON lacks, as text."""
+    return float(f"{x:.{digits}g}") if math.isfinite(x) else str(x)
 
 
 def recipe_of(case_id: str) -> str:
@@ -138,7 +138,7 @@ def columns(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Column-wise plain data of the table: per verdict numbers into lists of texts, case ids as lines, measures."""
     coded = {name: Coded() for name in ("subject", "recipe", "status", "outcome", "note", "lane", "suffix")}
     codes: dict[str, list[int]] = {name: [] for name in coded}
-    measures: dict[str, list[float | str]] = {name: [] for name in ("worst", "limit", "seconds")}
+    measures: dict[str, list[float | str]] = {name: [] for name in ("worst", "limit", "mean_z2", "seconds")}
     for v in verdicts:
         prefix, c = f"moecheck repro {v.case_id}", v.comparison
         row = (
@@ -152,8 +152,8 @@ def columns(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         )
         for name, text in zip(coded, row, strict=True):
             codes[name].append(coded[name](text))
-        for name, x in zip(measures, (c.worst, c.limit) if c is not None else (0.0, 0.0), strict=False):
-            measures[name].append(number(x))
+        for name in ("worst", "limit", "mean_z2"):
+            measures[name].append(0 if c is None else number(getattr(c, name), 3))
         measures["seconds"].append(number(v.seconds))
     return {
         "cases": "\n".join(v.case_id for v in verdicts),

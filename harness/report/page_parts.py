@@ -19,6 +19,7 @@ from harness.run_info import RunInfo
 from harness.verdict import Verdict
 
 COVERAGE, LATENCY = "coverage.json", "latency.jsonl"
+NAMES = {0: "its only case", 1: "single values", 2: "pairs", 3: "triples"}  # of combinations, by strength
 MAX_FILE = 64 << 20
 MAX_ROWS, MAX_FACTS, MAX_COLUMNS = 1000, 24, 16  # shown of timings; of an environment; of a timing's fields
 
@@ -157,6 +158,16 @@ def headline(info: RunInfo | None, arch: str) -> list[tuple[str, str]]:
     found += [("shard", "{} of {}".format(*info.shard))] if info.shard else []
     found += [("moecheck", info.version)] + ([("revision", info.revision)] if info.revision else [])
     return [(name, clean(value, 80)) for name, value in found]
+
+
+def strengths(reached: Mapping[str, Sequence[Ways]]) -> list[int]:
+    """The strengths that some backend has."""
+    return sorted({w.strength for ways in reached.values() for w in ways})
+
+
+def by_strength(ways: Sequence[Ways]) -> dict[int, Ways]:
+    """Strength -> its ways."""
+    return {w.strength: w for w in ways}
 
 
 def percent(ways: Ways) -> str:

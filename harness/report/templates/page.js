@@ -21,6 +21,7 @@
     return node;
   }
   const value = (x) => (typeof x === "number" ? x : Infinity);
+  const shown = (x) => (typeof x !== "number" ? x : x >= 1e4 ? x.toExponential(2) : x >= 100 ? x.toFixed(0) : x.toFixed(2));
   const text = (column, i) => texts[column][codes[column][i]];
   const failed = (i) => ["red", "gone"].includes(text("outcome", i));
 
@@ -111,7 +112,7 @@
   function gap(rows) {
     const row = make("tr", "gap"), cell = make("td");
     row.setAttribute("aria-hidden", "true");
-    cell.colSpan = 6;
+    cell.colSpan = 5;
     cell.style.height = `${rows * height}px`;
     row.append(cell);
     return row;
@@ -132,9 +133,14 @@
   function measured(i) {
     const lane = text("lane", i);
     if (!lane) return "";
-    if (lane === "exact") return measures.worst[i] === 0 ? "bitwise" : "bits differ";
+    if (lane === "exact") return "";
     const worst = measures.worst[i];
-    return `${typeof worst === "number" ? Number(worst.toPrecision(3)).toString() : worst} / ${Number(measures.limit[i]).toFixed(2)}`;
+    return `${shown(worst)} / ${shown(measures.limit[i])}`;
+  }
+  function passed(i) {
+    const lane = text("lane", i);
+    if (text("outcome", i) !== "green") return "";
+    return lane === "exact" ? "every bit equal" : lane === "real" ? `mean z² ${measures.mean_z2[i]}` : lane ? "" : "no tokens: shape and dtype only";
   }
   function line(position) {
     const i = view[position], row = make("tr"), link = make("a", "mono", cases[i]);
@@ -147,8 +153,9 @@
     cell(row, "c-status", badge(i));
     cell(row, "c-subject", text("subject", i));
     cell(row, "c-case", link);
-    cell(row, "c-note", text("note", i));
-    row.lastChild.title = text("note", i);
+    const note = text("note", i) || passed(i);
+    row.lastChild.append(make("small", "", note));
+    row.lastChild.lastChild.title = note;
     cell(row, "c-z", measured(i));
     cell(row, "c-s", value(measures.seconds[i]).toFixed(2));
     return row;
@@ -164,7 +171,7 @@
     for (let p = from; p < to; p++) rows.push(line(p));
     if (!view.length) {
       const row = make("tr"), td = make("td", "empty", "No verdict matches these filters.");
-      td.colSpan = 6;
+      td.colSpan = 5;
       row.append(td);
       rows.push(row);
     }
@@ -240,9 +247,9 @@
     };
     if (navigator.clipboard) navigator.clipboard.writeText(command).then(() => done(true), old); else old();
   }
-  function finding(f, name) {
+  function finding(f, name, lead) {
     const div = make("div", name), said = make("div");
-    said.append(make("b", "", f.check), `: ${f.text}`);
+    said.append(make("b", "", f.check), lead.includes(f.text) ? "" : `: ${f.text}`);
     div.append(said);
     if (f.evidence.length) div.append(list(f.evidence, "facts tight"));
     return div;
@@ -279,15 +286,16 @@
     if (d.diagnosis) {
       left.append(make("h3", "", "Diagnosis"));
       const p = make("p", ""), share = typeof d.diagnosis.explained === "number" && d.diagnosis.explained > 0;
-      p.append(make("b", "", d.diagnosis.kind), `: ${d.diagnosis.text}`, share ? ` Explains ${Math.round(100 * d.diagnosis.explained)} % of the error.` : "");
+      const told = d.reason.includes(d.diagnosis.text) ? "" : `: ${d.diagnosis.text}`;
+      p.append(make("b", "", d.diagnosis.kind), told, share ? `; predicts ${Math.round(100 * d.diagnosis.explained)} % of the error` : "");
       left.append(p);
       if (d.diagnosis.evidence.length) left.append(list(d.diagnosis.evidence, "facts tight"));
     }
     if (d.statistics.length) left.append(make("h3", "", "Against its bounds"), table(["", "value", "bound"], d.statistics, (row) => row[3]));
     if (d.samples.length) left.append(make("h3", "", "Some bad elements"), table(["token", "column", "expected", "got", "z"], d.samples));
-    if (d.findings.length) left.append(make("h3", "", "Findings"), ...d.findings.map((f) => finding(f, "finding")));
+    if (d.findings.length) left.append(make("h3", "", "Findings"), ...d.findings.map((f) => finding(f, "finding", d.reason)));
     if (d.output) left.append(make("h3", "", "Last output of the process"), make("pre", "", d.output));
-    if (d.notes.length) left.append(make("h3", "", "Notes"), ...d.notes.map((f) => finding(f, "finding note")));
+    if (d.notes.length) left.append(make("h3", "", "Notes"), ...d.notes.map((f) => finding(f, "finding note", "")));
     if (d.picture) {
       const image = make("img", "picture");
       image.src = d.picture;
@@ -303,6 +311,7 @@
     const p = make("div");
     const facts = [["seconds", String(measures.seconds[i])]];
     if (measured(i)) facts.unshift(["worst / limit", measured(i)]);
+    if (passed(i)) facts.unshift(["values", passed(i)]);
     p.append(make("h3", "", "Measured"), list(facts, "chips"));
     p.append(make("p", "hint", failed(i) ? "Only the first failures have all their evidence here; this one's is in journal.jsonl." : "Everything else about it is in journal.jsonl."));
     return p;
@@ -316,6 +325,7 @@
     if (!read()) { if (before === null) return; here = null; }
     const open = here !== null;
     if (open && before === null) kept = [scrollY, box.scrollTop, active];
+    document.body.classList.toggle("one", open);
     $("all").hidden = open;
     $("detail").hidden = !open;
     if (open) {
