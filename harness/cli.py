@@ -22,6 +22,7 @@ from harness import (
     __version__,
     cli_audit,
     cli_bundle,
+    cli_diff,
     cli_list,
     cli_preflight,
     cli_report,
@@ -54,6 +55,7 @@ app = typer.Typer(add_completion=False, help="Checks MoE kernels against a pure-
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
+app.command("diff")(cli_diff.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)

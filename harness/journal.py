@@ -102,6 +102,15 @@ def read(folder: Path) -> list[Verdict]:
     return _parse(folder / NAME)[0]
 
 
+def read_from(path: Path) -> list[Verdict]:
+    """The verdicts of a run folder or of a journal file; RunFolderError where there is no journal."""
+    file = path / NAME if path.is_dir() else path
+    if not file.exists():
+        wanted = "a run folder or a journal" if file == path else f"a folder with a {NAME}"
+        raise RunFolderError(f"{path}: there is no journal; give {wanted}, as moecheck run makes them")
+    return _parse(file)[0]
+
+
 def typed(data: object) -> Verdict:
     """The verdict that `data` is, every field of the type that its readers rely on; ValueError, KeyError, TypeError or
     AttributeError if it is none."""

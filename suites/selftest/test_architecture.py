@@ -42,6 +42,7 @@ CORE = (
     "places",
     "pooled",
     "ratio",
+    "regress",
     "relations",
     "select",
     "shrink",
