@@ -7,6 +7,7 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- PluginError               a plugin that does not import, declares nothing, or lies about what it is
 |-- SelectionError            nothing left to run
 |-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+|-- HistoryError              a history that holds no run, cannot be read or written, or wants a package that is not here
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
@@ -61,3 +62,7 @@ class BundleError(MoecheckError):
 
 class WarmError(MoecheckError):
     """A JIT module that cannot be built on this machine; the message says what is missing and where it comes from."""
+
+
+class HistoryError(MoecheckError):
+    """A folder of runs, or an object store's prefix, that cannot be used as a history."""
