@@ -43,7 +43,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def shots(page: Path, folder: Path) -> None:
+def shots(page: Path, folder: Path, row: int) -> None:
     """The page as people see it."""
     folder.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
@@ -53,7 +53,7 @@ def shots(page: Path, folder: Path) -> None:
             tab.goto(page.resolve().as_uri())
             tab.screenshot(path=folder / f"{name}.png")
             tab.screenshot(path=folder / f"{name}_whole.png", full_page=True)
-            tab.goto(page.resolve().as_uri() + "#v=" + os.environ.get("ROW","0"))
+            tab.goto(page.resolve().as_uri() + f"#v={row}")
             tab.screenshot(path=folder / f"{name}_failure.png", full_page=True)
             context.close()
     print(f"{len(VIEWS) * 3} pictures in {folder}")  # noqa: T201
@@ -93,7 +93,7 @@ def speed(verdicts: int) -> None:
                 opened = time.perf_counter() - started
                 started = time.perf_counter()
                 tab.fill("#q", "t17 e33")
-                tab.wait_for_function("document.getElementById('shown').textContent.indexOf(' of ') > 0 && location.hash.includes('q=')")
+                tab.wait_for_function("location.hash.includes('q=')")
                 print(f"{attempt}: opened in {opened:.2f} s, filtered in {time.perf_counter() - started:.2f} s")  # noqa: T201
                 tab.close()
 
@@ -121,10 +121,11 @@ def main() -> None:
     look = commands.add_parser("shots")
     look.add_argument("page", type=Path)
     look.add_argument("folder", type=Path)
+    look.add_argument("--row", type=int, default=0, help="of the verdict whose page is shown")
     commands.add_parser("speed").add_argument("--verdicts", type=int, default=100_000)
     asked = parser.parse_args()
     if asked.command == "shots":
-        shots(asked.page, asked.folder)
+        shots(asked.page, asked.folder, asked.row)
     else:
         speed(asked.verdicts)
 

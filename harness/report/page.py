@@ -12,19 +12,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import __version__, journal, plan, run_info
 from harness.executed import Ways
+from harness.history.ledger import Cell
 from harness.known import Outcome, outcome
 from harness.pooled import alarms
 from harness.reading import regular
+from harness.regress import Changes, compare
 from harness.report import page_data, page_parts
 from harness.report.page_parts import Kills, Timings
 from harness.run_info import RunInfo
@@ -33,7 +34,7 @@ from harness.verdict import Verdict
 
 MAX_DETAILS, MAX_DETAIL_BYTES = 2000, 24 << 20  # failures with a page of their own; nobody reads the next one
 MAX_PICTURE, MAX_PICTURES = 1 << 20, 12 << 20  # bytes of one heat map, of all
-SHOWN_MISSING = 20
+SHOWN_MISSING, SHOWN_CHANGES, SHOWN_CELLS = 20, 200, 2000  # lines of a list
 _PICTURE = re.compile(r"pictures/[\w.-]+\.png", re.ASCII)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HIDDEN = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # no tag or entity survives in JSON's strings
@@ -41,7 +42,8 @@ _HIDDEN = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # no 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows. missing: planned items without a verdict; links: known issue -> where it is told."""
+    """What a page shows. missing: planned items without a verdict; links: known issue -> where it is told; changes: since the
+    run that `previous` names."""
 
     folder: Path | None = None
     verdicts: Sequence[Verdict] = ()
@@ -52,9 +54,12 @@ class Report:
     timings: Timings | None = None
     kills: Kills | None = None
     links: Mapping[str, str] = field(default_factory=dict)
+    changes: Changes | None = None
+    previous: str = ""
+    ledger: Sequence[Cell] = ()
 
 
-def load(folder: Path, links: Mapping[str, str], killed: Kills | None = None) -> Report:
+def load(folder: Path, links: Mapping[str, str]) -> Report:
     """The run in `folder`; a journal is enough. RunFolderError for what cannot be read."""
     verdicts = journal.read(folder)
     done = {Item(v.case_id, v.subject) for v in verdicts}
@@ -69,9 +74,17 @@ def load(folder: Path, links: Mapping[str, str], killed: Kills | None = None) ->
         time,
         page_parts.coverage(folder),
         page_parts.timings(folder),
-        killed,
-        links,
+        links=links,
     )
+
+
+def since(report: Report, previous: Path) -> Report:
+    """The same with what changed since the run in another folder."""
+    changes = compare(journal.read_from(previous), report.verdicts)
+    info = run_info.read(previous) if previous.is_dir() else None
+    name = page_data.one_line(previous.resolve().name)
+    told = f"{name}, {datetime.fromisoformat(info.started):%Y-%m-%d %H:%M} UTC" if info is not None else name
+    return replace(report, changes=changes, previous=told)
 
 
 def write(path: Path, report: Report) -> None:
@@ -103,8 +116,8 @@ def render(report: Report) -> Iterator[str]:
         counts=_counts(counts, len(report.missing)),
         bar=[(name, n) for name, _, n in _counts(counts, len(report.missing))],
         folder=page_data.clean(report.folder or "", 300),
-        changes=None,
-        ledger=None,
+        shown_changes=SHOWN_CHANGES,
+        shown_cells=SHOWN_CELLS,
         red=counts[Outcome.RED] + counts[Outcome.GONE],
         grid=page_data.grid(report.verdicts),
         pools=alarms(report.verdicts),
@@ -125,7 +138,9 @@ def embedded(data: object) -> Markup:
 
 def _policy(style: str, script: str) -> str:
     hashed = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    rules = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+    rules = (
+        "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+    )
     return rules.format(*hashed)
 
 
@@ -175,7 +190,11 @@ def _picture(folder: Path | None, name: str, left: int) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode() if image.startswith(_PNG) else ""
 
 
-def summary(report: Report) -> Mapping[str, Any]:
+def summary(report: Report) -> Mapping[str, int]:
     """What the command says after writing."""
     counts = Counter(outcome(v) for v in report.verdicts)
-    return {"verdicts": len(report.verdicts), "failed": counts[Outcome.RED] + counts[Outcome.GONE], "missing": len(report.missing)}
+    return {
+        "verdicts": len(report.verdicts),
+        "failed": counts[Outcome.RED] + counts[Outcome.GONE],
+        "missing": len(report.missing),
+    }

@@ -1,4 +1,4 @@
-"""What stands beside the verdicts on a report page: when and where, coverage, a kill matrix, timings. Read bounded, shown as text."""
+"""What stands beside the verdicts on a report page: when and where, coverage, a kill matrix, timings; read bounded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from harness.errors import RunFolderError
 from harness.executed import Ways
+from harness.history.ledger import Cell, State
 from harness.reading import parse_json, printable, regular
 from harness.report.page_data import clean, number, one_line
 from harness.run_info import RunInfo
 from harness.verdict import Verdict
 
+FIRST = ("case_id", "subject", "median_us", "low_us", "high_us", "ratio", "flops_share", "bytes_share", "problem")
 COVERAGE, LATENCY = "coverage.json", "latency.jsonl"
 NAMES = {0: "its only case", 1: "single values", 2: "pairs", 3: "triples"}  # of combinations, by strength
 MAX_FILE = 64 << 20
@@ -97,7 +99,7 @@ class Timings:
 
 
 def timings(folder: Path) -> Timings | None:
-    """Every field of latency.jsonl that holds text or a number; None without the file."""
+    """The fields of latency.jsonl, FIRST and then what differs from line to line; None without the file."""
     path = folder / LATENCY
     try:
         lines = [line for line in regular(path, MAX_FILE).split(b"\n") if line.strip()]
@@ -109,11 +111,18 @@ def timings(folder: Path) -> Timings | None:
     except (OSError, ValueError) as error:
         text = printable(str(error))[:500]
         raise RunFolderError(f"{path}: not a moecheck {LATENCY} ({text}); delete it to go on without") from error
-    plain = [{k: v for k, v in row.items() if isinstance(v, str | int | float)} for row in found]
-    names = list(dict.fromkeys(k for row in plain for k in row))[:MAX_COLUMNS]
+    plain = [{k: _flat(v) for k, v in row.items() if not isinstance(v, dict)} for row in found]
+    told = [k for k in dict.fromkeys(k for row in plain for k in row) if len({row.get(k) for row in plain} - {"", None}) > 1]
+    names = [n for n in FIRST if any(row.get(n) for row in plain)]
+    names = [*names, *(n for n in told if n not in names)][:MAX_COLUMNS]
     numeric = [all(isinstance(row.get(n, 0), int | float) for row in plain) for n in names]
     rows = [[_cell(row.get(n, "")) for n in names] for row in plain]
     return Timings([one_line(n, 40) for n in names], numeric, rows, len(lines))
+
+
+def _flat(value: Any) -> Any:
+    """A list as text; the rest as it is."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _cell(value: Any) -> str:
@@ -140,6 +149,31 @@ def when(info: RunInfo | None, journal_time: datetime) -> str:
         return f"{journal_time:%Y-%m-%d %H:%M} UTC, by the journal's date (the folder has no run.json)"
     took = f", took {duration(info.seconds)}" if info.seconds else ""
     return f"{datetime.fromisoformat(info.started):%Y-%m-%d %H:%M} UTC{took}" + ("" if info.finished else ", not finished")
+
+
+def states(ledger: Sequence[Cell]) -> list[tuple[str, int]]:
+    """How many cells are in each state."""
+    return [(str(state), n) for state, n in Counter(cell.state for cell in ledger).most_common()]
+
+
+def state_of(cell: Cell) -> tuple[str, str]:
+    """(words, css class) of a cell's state."""
+    if cell.state is State.EXECUTED:
+        return ("no longer executed", "red") if cell.stopped else ("executed", "green")
+    return str(cell.state), "known" if cell.state is State.SKIPPED else "skipped"
+
+
+def worst_first(ledger: Sequence[Cell]) -> list[Cell]:
+    """What stopped, what never ran, then what ran, the longest ago first."""
+    rank = {State.SKIPPED: 1, State.UNPLANNED: 2, State.CONTRACT: 4}
+    return sorted(ledger, key=lambda c: (0 if c.stopped else rank.get(c.state, 3), c.last))
+
+
+def why_not(cell: Cell) -> str:
+    """The commonest refusal, or the run that went without it."""
+    stopped = f"not in {cell.stopped}" if cell.stopped else ""
+    refusal = f"{cell.reason} ({cell.refused} times)" if cell.reason else ""
+    return "; ".join(filter(None, (stopped, refusal)))
 
 
 def duration(seconds: float) -> str:
