@@ -15,7 +15,7 @@ from harness.errors import RunFolderError
 from harness.executed import Ways
 from harness.history.ledger import Cell, State
 from harness.reading import parse_json, printable, regular
-from harness.report.page_data import clean, number, one_line
+from harness.report.page_data import number, one_line
 from harness.run_info import RunInfo
 from harness.verdict import Verdict
 
@@ -187,11 +187,11 @@ def duration(seconds: float) -> str:
 def headline(info: RunInfo | None, arch: str) -> list[tuple[str, str]]:
     """(name, value) of what the run was."""
     if info is None:
-        return [("platform", arch)] if arch else []
+        return [("platform", one_line(arch, 80))] if arch else []
     found = [("platform", info.platform), ("tier", info.tier), ("plan", info.plan)]
     found += [("shard", "{} of {}".format(*info.shard))] if info.shard else []
     found += [("moecheck", info.version)] + ([("revision", info.revision)] if info.revision else [])
-    return [(name, clean(value, 80)) for name, value in found]
+    return [(name, one_line(value, 80)) for name, value in found]
 
 
 def strengths(reached: Mapping[str, Sequence[Ways]]) -> list[int]:

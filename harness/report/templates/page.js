@@ -181,12 +181,13 @@
     if (focused !== undefined) { const again = body.querySelector(`a[data-at="${focused}"]`); if (again) again.focus({ preventScroll: true }); }
   }
   function go(position) {
-    active = Math.max(0, Math.min(view.length - 1, position));
-    const head = box.querySelector("thead").offsetHeight, top = active * height, room = box.clientHeight - head;
+    const to = Math.max(0, Math.min(view.length - 1, position));
+    const head = box.querySelector("thead").offsetHeight, top = to * height, room = box.clientHeight - head;
     if (top < box.scrollTop) box.scrollTop = top;
     else if (top + height > box.scrollTop + room) box.scrollTop = top + height - room;
-    draw(true);
-    const link = body.querySelector(`a[data-at="${active}"]`);
+    active = to;
+    draw(true); // which gives the old row its focus back where it still exists
+    const link = body.querySelector(`a[data-at="${to}"]`);
     if (link) link.focus({ preventScroll: true });
   }
   body.addEventListener("keydown", (event) => {
