@@ -292,9 +292,9 @@
       left.append(p);
       if (d.diagnosis.evidence.length) left.append(list(d.diagnosis.evidence, "facts tight"));
     }
+    if (d.findings.length) left.append(make("h3", "", "Findings"), ...d.findings.map((f) => finding(f, "finding", d.reason)));
     if (d.statistics.length) left.append(make("h3", "", "Against its bounds"), table(["", "value", "bound"], d.statistics, (row) => row[3]));
     if (d.samples.length) left.append(make("h3", "", "Some bad elements"), table(["token", "column", "expected", "got", "z"], d.samples));
-    if (d.findings.length) left.append(make("h3", "", "Findings"), ...d.findings.map((f) => finding(f, "finding", d.reason)));
     if (d.output) left.append(make("h3", "", "Last output of the process"), make("pre", "", d.output));
     if (d.notes.length) left.append(make("h3", "", "Notes"), ...d.notes.map((f) => finding(f, "finding note", "")));
     if (d.picture) {
