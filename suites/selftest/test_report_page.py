@@ -318,6 +318,18 @@ def test_the_command_writes_a_page(moecheck: Callable[..., Any], tmp_path: Path)
     assert "No change." in out.read_text()
 
 
+def test_the_command_shows_the_ledger_of_a_history(moecheck: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="the extra `history` is not installed")
+    folder = run_of(tmp_path / "run", verdict(Status.PASSED, environment={"arch": "cpu", "torch": "2.13.0"}))
+    (tmp_path / "history").mkdir()
+    run_of(tmp_path / "history" / "one", verdict(Status.PASSED, 7, environment={"arch": "cpu", "torch": "2.12.0"}))
+    out = tmp_path / "r.html"
+    assert moecheck("report", str(folder), "-o", str(out), "--history", str(tmp_path / "history")).code == 0
+    text = Parsed(out.read_text()).text
+    assert "1 executed" in text  # by `ours`, which no platform file promises
+    assert re.search("torch_grouped_mm bf16 standard cpu never planned", text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
