@@ -93,25 +93,29 @@ def speed(verdicts: int) -> None:
                 opened = time.perf_counter() - started
                 started = time.perf_counter()
                 tab.fill("#q", "t17 e33")
-                tab.wait_for_function("location.hash.includes('q=')")
+                tab.wait_for_function("() => location.hash.includes('q=')")
                 print(f"{attempt}: opened in {opened:.2f} s, filtered in {time.perf_counter() - started:.2f} s")  # noqa: T201
                 tab.close()
 
 
 def _build(folder: Path, page: Path) -> None:
-    started = time.perf_counter()
+    marks = [(time.perf_counter(), time.process_time())]
     from harness.report import page as report
 
-    imported = time.perf_counter()
+    def mark() -> str:
+        marks.append((time.perf_counter(), time.process_time()))
+        wall, cpu = (new - old for old, new in zip(*marks[-2:], strict=True))
+        return f"{wall:.1f} s ({cpu:.1f} s of CPU)"
+
+    imported = mark()
     loaded = report.load(folder, {})
-    read = time.perf_counter()
+    read = mark()
     report.write(page, loaded)
-    wrote = time.perf_counter()
+    wrote = mark()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(  # noqa: T201
-        f"{len(loaded.verdicts)} verdicts: import {imported - started:.2f} s, read {read - imported:.2f} s, "
-        f"write {wrote - read:.2f} s; {page.stat().st_size / 2**20:.1f} MiB; peak memory {peak:.2f} GiB"
-    )
+    size = page.stat().st_size / 2**20
+    print(f"{len(loaded.verdicts)} verdicts: import {imported}, read {read}, write {wrote}")  # noqa: T201
+    print(f"a page of {size:.1f} MiB; peak memory {peak:.2f} GiB", flush=True)  # noqa: T201
 
 
 def main() -> None:

@@ -295,7 +295,7 @@ def test_the_keyboard_reaches_everything_in_order_and_shows_where_it_is(browser:
         tab.keyboard.press("Shift+Tab")
         tab.keyboard.press("Shift+Tab")
         tab.keyboard.press("Enter")
-        tab.wait_for_function("document.activeElement.dataset.at === '1'")
+        tab.wait_for_function("() => document.activeElement.dataset.at === '1'")
         tab.keyboard.press("End")
         assert tab.evaluate("document.activeElement.dataset.at") == str(MANY + 3)
         tab.keyboard.press("PageUp")
