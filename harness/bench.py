@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -44,6 +45,7 @@ CRASHES = 10
 ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
+T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -54,10 +56,10 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def for_each(cases: Iterable[Case], call: Callable[[Case], object]) -> None:
-    """Call once per case."""
-    for case in cases:
-        call(case)
+def for_each(items: Iterable[T], call: Callable[[T], object]) -> None:
+    """Call once per item."""
+    for item in items:
+        call(item)
 
 
 def isolation() -> None:
@@ -95,7 +97,7 @@ def recording() -> None:
         folder = Path(name)
         journal = Journal(folder)
         parts = {
-            "journal": timed(lambda: [journal.append(v) for v in verdicts]),
+            "journal": timed(lambda: for_each(verdicts, journal.append)),
             "JUnit": timed(lambda: junit.write(folder / "junit.xml", [Item(v.case_id, v.subject) for v in verdicts], verdicts)),
             "page": timed(lambda: page.write(folder / "report.html", page.load(folder, {}))),
         }

@@ -40,6 +40,8 @@ ATTACKS = (
     "<b>" * 350_000,  # 1 MiB
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FOCUSED = """() => { const e = document.activeElement, name = e.id || e.dataset.sort || e.dataset.at || e.className || e.tagName;
+  return [name, getComputedStyle(e).outlineStyle]; }"""
 CONTRAST = """() => {
   const lum = (c) => { const f = c.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
     return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
@@ -172,11 +174,8 @@ def test_filters_narrow_the_list_and_live_in_the_address(browser: Any, report: P
     with watched(browser) as visit:
         tab = visit(report)
         assert count(tab) == MANY + 4
-        assert [tab.inner_text(f"#body tr:nth-child({n}) .badge").split()[1] for n in (2, 3, 4)] == [
-            "WRONG",
-            "CRASHED",
-            "WRONG",
-        ]
+        badges = [tab.inner_text(f"#body tr:nth-child({n}) .badge").split()[1] for n in (2, 3, 4)]
+        assert badges == ["WRONG", "CRASHED", "WRONG"]
         tab.check("#failures")
         expect_count(tab, 2)
         tab.uncheck("#failures")
@@ -276,10 +275,7 @@ def test_the_keyboard_reaches_everything_in_order_and_shows_where_it_is(browser:
         assert tab.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
         stops = []
         for _ in range(60):
-            place = (
-                "(e => [e.id || e.dataset.sort || e.dataset.at || e.className || e.tagName, getComputedStyle(e).outlineStyle])"
-            )
-            stops.append(tab.evaluate(f"{place}(document.activeElement)"))
+            stops.append(tab.evaluate(FOCUSED))
             if stops[-1][0] == "0":
                 break
             tab.keyboard.press("Tab")
