@@ -22,7 +22,10 @@ from harness import (
     __version__,
     cli_audit,
     cli_bundle,
+    cli_coverage,
     cli_diff,
+    cli_history,
+    cli_known,
     cli_list,
     cli_preflight,
     cli_report,
@@ -57,6 +60,9 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 app.command("audit")(cli_audit.command)
 app.command("diff")(cli_diff.command)
 app.command("load")(cli_bundle.load)
+app.command("history")(cli_history.command)
+app.command("coverage")(cli_coverage.command)
+app.command("known")(cli_known.command)
 app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)
 app.command("preflight")(cli_preflight.command)

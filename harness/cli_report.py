@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
 from rich.console import Console
 
 from harness import config, journal
 from harness.backends import discover
+from harness.cli_history import cache
 from harness.cli_options import Plugins
 from harness.errors import MoecheckError, RunFolderError
 from harness.history.ledger import Cell, ledger, promises
@@ -57,8 +57,7 @@ def command(
 
 def _ledger(history: str, plugins: tuple[str, ...]) -> list[Cell]:
     """The cells of the architectures that the history has runs of."""
-    cache = Path(platformdirs.user_cache_dir("moecheck")) / "history"
-    with History(history, cache) as runs:
+    with cache() as kept, History(history, kept) as runs:
         facts = runs.facts()
     seen = {fact.arch for fact in facts}
     platforms = [p for p in map(config.platform, config.names("platforms")) if p.arch in seen]

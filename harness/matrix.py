@@ -58,7 +58,9 @@ def _of_backend(platform: Platform, backend: Backend, backends: Mapping[str, Bac
         return
     twin = platform.device != "cpu" and f"{backend.name}_twin" in backends
     ways = (Way.NATIVE, Way.TWIN) if twin else (Way.TWIN if _is_twin(backend, backends) else Way.NATIVE,)
-    for recipe in (r for r in backend.recipes if r in (platform.axes.recipe or ())):
+    of_op = platform.ops.get(backend.op)
+    planned = (of_op.recipe if of_op is not None else None) or platform.axes.recipe or ()
+    for recipe in (r for r in backend.recipes if r in planned):
         padding = padding_of(platform, (backend.name, *backend.entries), recipe)
         yield Cell(backend.name, backend.library, recipe, ways, backend.activation_format, backend.routings, padding)
 

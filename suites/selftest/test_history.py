@@ -16,7 +16,7 @@ import pytest
 
 from harness import journal, run_info
 from harness.errors import HistoryError
-from harness.history import store, synthetic
+from harness.history import bench, store, synthetic
 from harness.history.ledger import ledger, promises
 from harness.history.query import History
 from harness.history.rows import Run, replay, row
@@ -318,3 +318,9 @@ def test_shards_of_one_night_are_not_each_others_end(tmp_path: Path, opened: Cal
     assert not [f for f in facts if f.stopped]
     assert {f.backend for f in facts} == set(synthetic.RECIPES)
     assert ledger(facts, promises([], {}), night(3).started)
+
+
+def test_the_benchmark_asks_everything_of_a_history_of_the_size_it_says(tmp_path: Path) -> None:
+    measured = bench.measure(tmp_path, runs=6, each=40)
+    assert (measured.verdicts, measured.added) == (240, 40)
+    assert set(measured.seconds) == {"open", *bench.QUESTIONS}
