@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.case import Case
@@ -116,7 +116,7 @@ class Grid:
 
 
 def grid(verdicts: Iterable[Verdict]) -> Grid:
-    """The verdict matrix."""
+    """The verdict matrix, backends that fail first."""
     cells: dict[tuple[str, str], Cell] = defaultdict(Cell)
     versions: dict[str, str] = {}
     for v in verdicts:
@@ -125,7 +125,8 @@ def grid(verdicts: Iterable[Verdict]) -> Grid:
         if not v.status.skipped and subject not in versions:
             versions[subject] = version_of(v)
     backends, recipes = (tuple(sorted({key[i] for key in cells})) for i in (0, 1))
-    return Grid(backends, recipes, dict(cells), versions)
+    found = Grid(backends, recipes, dict(cells), versions)
+    return replace(found, backends=tuple(sorted(backends, key=lambda b: (not found.row(b).red, b))))
 
 
 def ordered(verdicts: Sequence[Verdict]) -> list[Verdict]:
