@@ -132,9 +132,9 @@ def _cell(value: Any) -> str:
 def facts(verdicts: Iterable[Verdict]) -> list[tuple[str, str]]:
     """(name, value) of the run's environments: the values that a name had, the commonest first."""
     seen: dict[str, Counter[str]] = {}
-    for verdict in verdicts:
-        for name, value in verdict.environment.items():
-            seen.setdefault(name, Counter())[value] += 1
+    for environment, count in Counter(tuple(v.environment.items()) for v in verdicts).items():
+        for name, value in environment:
+            seen.setdefault(name, Counter())[value] += count
     return [(one_line(name, 60), _values(values)) for name, values in list(seen.items())[:MAX_FACTS]]
 
 
