@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +28,8 @@ from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect, weight_source
 from harness.pipeline import Options, run
+from harness.report import junit, page
+from harness.select import Item
 from harness.worker.child import THREADS
 from harness.worker.supervisor import Supervisor
 from reference import fused
@@ -41,6 +45,7 @@ CRASHES = 10
 ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
+T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -51,10 +56,10 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def for_each(cases: Iterable[Case], call: Callable[[Case], object]) -> None:
-    """Call once per case."""
-    for case in cases:
-        call(case)
+def for_each(items: Iterable[T], call: Callable[[T], object]) -> None:
+    """Call once per item."""
+    for item in items:
+        call(item)
 
 
 def isolation() -> None:
@@ -74,6 +79,32 @@ def isolation() -> None:
             bare += timed(partial(for_each, group, lambda case: run(case, backend, CPU, options=asked)))
             through += timed(partial(for_each, group, lambda case: journal.append(worker.judge(case, backend.name))))
     console.print(f"isolation: {CASES} cases bare {bare:.2f} s, worker and journal {through:.2f} s, ratio {through / bare:.3f}")
+
+
+def recording() -> None:
+    """What journal, JUnit and the report page of 1,000 small cases take, of the seconds that judging them takes."""
+    backend, many = discover()["torch_grouped_mm"], 1000
+    asked = Options(config.tier("smoke").checks)
+    torch.set_num_threads(THREADS)
+    cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(many // 10)]
+    run(cases[0], backend, CPU, options=asked)
+    started = time.perf_counter()
+    judged = [run(case, backend, CPU, options=asked) for case in cases]
+    whole = 10 * (time.perf_counter() - started)
+    seeded = [(replace(cases[i % len(cases)], seed=i), judged[i % len(cases)]) for i in range(many)]
+    verdicts = [replace(verdict, case_id=case.id) for case, verdict in seeded]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        journal = Journal(folder)
+        parts = {
+            "journal": timed(lambda: for_each(verdicts, journal.append)),
+            "JUnit": timed(lambda: junit.write(folder / "junit.xml", [Item(v.case_id, v.subject) for v in verdicts], verdicts)),
+            "page": timed(lambda: page.write(folder / "report.html", page.load(folder, {}))),
+        }
+        journal.close()
+    told = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+    share = 100 * sum(parts.values()) / whole
+    console.print(f"recording: {many} small cases judged in {whole:.0f} s; {told}: {share:.2f} % of it")
 
 
 def replacement() -> None:
@@ -214,6 +245,7 @@ def synchronized(call: Callable[[], object]) -> float:
 if __name__ == "__main__":
     production()  # first: it reports the peak memory of this process
     isolation()
+    recording()
     replacement()
     encoders()
     reference_layer()

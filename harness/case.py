@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 
 from harness.anchors import Products
 from harness.errors import CaseError, UnknownName
@@ -93,6 +94,7 @@ class Recipe:
     out: str
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a journal of 100,000 cases has a few dozen
     def parse(cls, text: str) -> Recipe:
         """The recipe written as `text`; CaseError if it has more than four parts, UnknownName for an unknown format."""
         parts = text.split("-")
@@ -112,11 +114,15 @@ class Recipe:
         """The plain format in which x is handed over."""
         return self.acts if _plain(self.acts) else self.out
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         parts = [self.weights, self.acts, self.middle, self.out]
         while len(parts) > 1 and Recipe.parse("-".join(parts[:-1])) == self:
             parts.pop()
         return "-".join(parts)
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def _plain(name: str) -> bool:
@@ -160,6 +166,7 @@ class Case:
         )
 
     @classmethod
+    @lru_cache(maxsize=1024)  # in a journal a case's subjects are neighbours
     def parse(cls, text: str) -> Case:
         """The case called `text`; CaseError or UnknownName says what is wrong with it."""
         pattern = _IDS.get(text.strip().partition(".")[0], _IDS["moe"])
@@ -205,8 +212,8 @@ class Case:
     @property
     def axes(self) -> dict[str, int | str]:
         """The case as one value per axis name, as plans and configurations speak of it."""
-        names = {name: getattr(self, name) for name in ("op", "routing", "activation", "fill", "skew", "seed")}
-        return {**asdict(self.shape), **names, "recipe": str(self.recipe)}
+        names = {"op": self.op, "routing": self.routing, "activation": self.activation, "fill": self.fill, "skew": self.skew}
+        return {**vars(self.shape), **names, "seed": self.seed, "recipe": str(self.recipe)}
 
     def vary(self, **axes: int | str) -> Case:
         """A copy with some axes replaced, `recipe` given as text."""

@@ -33,6 +33,7 @@ from harness import (
     cli_overlay,
     cli_pipeline,
     cli_preflight,
+    cli_report,
     cli_shards,
     cli_versions,
     cli_warm,
@@ -78,6 +79,7 @@ app.command("merge")(cli_shards.merge_)
 app.add_typer(cli_pipeline.app, name="pipeline")
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
+app.command("report")(cli_report.command)
 
 
 @app.command()

@@ -143,10 +143,10 @@ class Verdict:
     def rerun(self) -> str:
         """The shell line that judges this case again."""
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
-        platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
-        after = "".join(f" --after {item}" for f in self.findings for item in f.evidence.get("after", ()))
-        tool = f" --sanitizer {tool}" if (tool := self.environment.get("sanitizer")) else ""
-        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}{after}{tool}"
+        platform = f" --platform {shlex.quote(arch)}" if (arch := self.environment.get("arch")) else ""
+        after = "".join(f" --after {shlex.quote(str(item))}" for f in self.findings for item in f.evidence.get("after", ()))
+        tool = f" --sanitizer {shlex.quote(tool)}" if (tool := self.environment.get("sanitizer")) else ""
+        return f"moecheck repro {self.case_id} --backend {shlex.quote(self.subject)}{plugins}{platform}{after}{tool}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""
