@@ -22,6 +22,7 @@ from harness import (
     __version__,
     cli_audit,
     cli_bundle,
+    cli_latency,
     cli_list,
     cli_preflight,
     cli_versions,
@@ -56,6 +57,7 @@ app.command("audit")(cli_audit.command)
 app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command()(cli_versions.bisect)
+app.add_typer(cli_latency.app, name="latency")
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 
@@ -76,6 +78,9 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
     soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Afterwards, time what passed: production cases, or --case.")
+    ] = False,
 ) -> None:
     """Judge every planned case and print the table."""
     if resume is not None:
@@ -89,7 +94,10 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
         the_plan.save(folder)
     if jobs > 1 and the_plan.request.soak:
         raise MoecheckError("--soak is one process that judges every case; it does not go with --jobs")
-    raise typer.Exit(execute(the_plan, folder, out, err, verbose, jobs))
+    code = execute(the_plan, folder, out, err, verbose, jobs)
+    if latency and code in (CLEAN, KERNEL_FAILED):
+        cli_latency.phase(the_plan, folder)
+    raise typer.Exit(code)
 
 
 @app.command("list")

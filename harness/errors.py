@@ -7,6 +7,7 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- PluginError               a plugin that does not import, declares nothing, or lies about what it is
 |-- SelectionError            nothing left to run
 |-- RunFolderError            an output folder that is not ours, not writable, or from another plan
+|-- TimingError               nothing to time, or a timing that cannot be made or read
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
@@ -61,3 +62,7 @@ class BundleError(MoecheckError):
 
 class WarmError(MoecheckError):
     """A JIT module that cannot be built on this machine; the message says what is missing and where it comes from."""
+
+
+class TimingError(MoecheckError):
+    """A latency measurement that cannot be made, or a record of one that cannot be read."""
