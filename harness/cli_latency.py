@@ -136,8 +136,9 @@ def _write(path: Path, contest: Contest, found: list[dict[str, Any]]) -> None:
 def _conditions(contest: Contest, found: list[dict[str, Any]]) -> None:
     """Of whom and how this is true, and what disturbed it."""
     for one, environment, facts in zip(contest.sides, contest.environments, contest.facts, strict=True):
-        library = list(environment.items())[-1]
-        out.print(f"{one.name}: {one.backend}, {' '.join(library)}, timed by {facts['method']}", markup=False)
+        library = discover(one.plugins)[one.backend].library
+        version = environment.get(library) or "of no known version"
+        out.print(f"{one.name}: {one.backend}, {library} {version}, timed by {facts['method']}", markup=False)
     clocks = [r["clock"] for c in found for r in c["measured"]]
     held = sorted({reason for clock in clocks for reason in clock["throttled"]})
     low, high = min(c["sm_mhz"][0] for c in clocks), max(c["sm_mhz"][1] for c in clocks)

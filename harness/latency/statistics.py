@@ -117,11 +117,13 @@ def _t_below(t: float, degrees: int) -> float:
     return 0.5 + 0.5 * total * math.sqrt(1 - cos2)
 
 
-def typical(times: Sequence[float], rotations: int) -> float:
+def typical(times: Sequence[float], rotations: int, lowest: bool = False) -> float:
     """Log time of a slot of calls, call i on input i % rotations: medians input by input, and the mean of their logs. Inputs
-    of another routing cost another time; a median over all of them would jump between two."""
-    medians = [statistics.median(times[start::rotations]) for start in range(min(rotations, len(times)))]
-    return statistics.fmean(math.log(m) for m in medians)
+    of another routing cost another time; a median over all of them would jump between two. lowest: minima in place of medians,
+    for a host's clock: what a shared core does to a call only ever adds to its time."""
+    middle = min if lowest else statistics.median
+    values = [middle(times[start::rotations]) for start in range(min(rotations, len(times)))]
+    return statistics.fmean(math.log(v) for v in values)
 
 
 def process_values(slots: Sequence[Sequence[float]]) -> tuple[float, ...]:
