@@ -85,7 +85,7 @@ class Contest:
             _same_method(self.facts, self.sides)
             warm = [timer.ask({"latency": "warm"})["timed"]["us"] for timer in timers]
             rotations = len(warm[0])
-            calls = turn(min(statistics.median(us) for us in warm), rotations, self.device)
+            calls = turn(max(statistics.median(us) for us in warm), rotations, self.device)
             clocks = list[Clock]()
             raw: list[list[float]] = [[] for _ in timers]
             for _ in range(self.blocks):

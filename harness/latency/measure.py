@@ -31,10 +31,10 @@ FLUSH = 4  # times the L2 is read between two calls, so that nothing stays whate
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")  # a core's own; the shared L3 is nobody's to flush
 CPU_CACHE_BYTES = 1 << 21  # where the system does not say
 UNTIMED = 2  # calls at the head of a slot: the card was another process's
-WINDOW, AGREE, WARM_S = 4, 0.02, 2.0  # steady: so many windows of one rotation within 2 %; given up after so many seconds
+WINDOW, AGREE, WARM_S = 4, 0.02, 1.0  # steady: so many windows of one rotation within 2 %; given up after so many seconds
 MATMUL = {"cuda": 8192, "cpu": 512}  # a square product that fills an H200 (790 TFLOP/s were seen at 8192); 30 ms of one core
-COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: many times the L2
-CEILING_RUNS = 10
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes: many times the L2
+CEILING_RUNS = 10  # the best of them is the ceiling
 
 
 def answer(held: dict[str, Stopwatch], backend: Backend, device: Device, request: Message) -> Message:
@@ -184,7 +184,7 @@ def ceilings(device: Device, dtype: str) -> dict[str, float]:
     of a square matrix product of random values in `dtype`, a name of torch. The best of CEILING_RUNS."""
     kind, size = device.kind, MATMUL[device.kind]
     a, b = (torch.randn(size, size, device=kind).to(getattr(torch, dtype)) for _ in range(2))
-    source = torch.randint(256, (COPIED[kind],), dtype=torch.uint8, device=kind)
+    source = torch.randint(256, (1 << 20,), dtype=torch.uint8, device=kind).repeat(COPIED[kind] >> 20)
     target = torch.empty_like(source)
     copy, matmul = _best(lambda: target.copy_(source), kind), _best(lambda: a @ b, kind)
     return {"bytes_per_s": 2 * COPIED[kind] / copy, "flops_per_s": 2 * size**3 / matmul}

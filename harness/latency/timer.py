@@ -42,7 +42,7 @@ class Timer:
         self.side, self.environment = side, dict[str, str]()
         self._limit_s, self._deadline = limit_s, 0.0
         log = logs / f"latency-{os.getpid()}-{next(_COUNT)}.log"
-        self._child = start(Setup(device, side.plugins, "", overlay=side.overlay), log)
+        self._child = start(Setup(device, side.plugins, "", overlay=side.overlay, timed=True), log)
 
     def __enter__(self) -> Timer:
         return self

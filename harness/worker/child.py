@@ -40,7 +40,7 @@ THREADS = 1  # small GEMMs: a second OpenMP thread costs more in barriers than i
 class Setup:
     """What a child needs to know before its first case. run_folder: where pictures go, "" for nowhere; soak: it
     is meant to live through the whole plan; visible: its value of CUDA_VISIBLE_DEVICES, "" for the one it inherits; overlay:
-    folder in front of its sys.path."""
+    folder in front of its sys.path; timed: without what a coredump of the device needs."""
 
     device: Device
     plugins: tuple[str, ...]
@@ -49,6 +49,7 @@ class Setup:
     soak: bool = False
     visible: str = ""
     overlay: str = ""
+    timed: bool = False
 
 
 def main(pipe: Connection, setup: Setup) -> None:
@@ -111,7 +112,7 @@ def _prepare_libraries(setup: Setup) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible
     if setup.device.kind == "cuda":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the driver aborts behind its dump; a host dump would be gigabytes
-        for name, value in coredump.variables(Path(setup.log).parent).items():
+        for name, value in () if setup.timed else coredump.variables(Path(setup.log).parent).items():
             os.environ.setdefault(name, value)
     if setup.device.kind == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
