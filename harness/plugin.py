@@ -24,6 +24,7 @@ from harness.verdict import Status, Verdict
 _SESSION = pytest.StashKey[Session]()
 _DEVICE = pytest.StashKey[int]()
 _ERROR = pytest.StashKey[MoecheckError]()
+OFF = "nothing is timed without --latency"
 USER_ERROR = 3  # DESIGN section 7: our or the user's fault
 
 
@@ -106,8 +107,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "verdict" in metafunc.fixturenames:
         ops = getattr(metafunc.module, "OPS", None)
         items = [i for i in planned(metafunc.config) if ops is None or i.case_id.partition(".")[0] in ops]
-        if "timing" in metafunc.fixturenames:  # off by default
-            items = lane.timed(session_of(metafunc.config).plan, items) if metafunc.config.getoption("--latency") else []
+        if "timing" in metafunc.fixturenames:
+            if not metafunc.config.getoption("--latency"):
+                metafunc.parametrize("verdict", [pytest.param(None, marks=pytest.mark.skip(reason=OFF))], ids=["off"])
+                return
+            items = lane.timed(session_of(metafunc.config).plan, items)
         ids = [f"{item.subject}:{item.case_id}" for item in items]
         metafunc.parametrize("verdict", items, ids=ids, indirect=True)
 

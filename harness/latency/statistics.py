@@ -57,17 +57,19 @@ class Comparison:
     high: float
     noise: float
     rounds: int
+    confidence: float
 
     @property
     def text(self) -> str:
-        """B is slower than A by 12.1 % +- 0.9 %."""
+        """B is slower than A by 12.1 % +- 0.9 % (...)."""
         change, half = 100 * (self.ratio - 1), 50 * (self.high - self.low)
-        rounds = f"{self.rounds} rounds; noise floor {100 * self.noise:.2f} %"
+        how = f"{100 * self.confidence:g} % confidence; noise floor {100 * self.noise:.2f} %; {self.rounds} rounds"
         if self.call is Call.SAME:
-            return f"no difference: B takes {change:+.1f} % +- {half:.1f} % of A's time ({rounds})"
+            return f"no difference: B - A is {change:+.1f} % +- {half:.1f} % of A's time ({how})"
         if self.call is Call.UNCLEAR:
-            return f"cannot tell: B takes between {100 * (self.low - 1):+.1f} % and {100 * (self.high - 1):+.1f} % ({rounds})"
-        return f"B is {self.call} than A by {abs(change):.1f} % +- {half:.1f} % ({rounds})"
+            low, high = 100 * (self.low - 1), 100 * (self.high - 1)
+            return f"cannot tell: B - A is between {low:+.1f} % and {high:+.1f} % of A's time ({how})"
+        return f"B is {self.call} than A by {abs(change):.1f} % +- {half:.1f} % ({how})"
 
 
 def compared(rounds: Sequence[Round], design: Design) -> Comparison:
@@ -84,7 +86,9 @@ def compared(rounds: Sequence[Round], design: Design) -> Comparison:
         call = Call.FASTER
     else:
         call = Call.SAME if max(-low, high) <= math.log1p(design.resolution) else Call.UNCLEAR
-    return Comparison(call, math.exp(middle), math.exp(low), math.exp(high), math.sqrt(variance), len(rounds))
+    return Comparison(
+        call, math.exp(middle), math.exp(low), math.exp(high), math.sqrt(variance), len(rounds), design.confidence
+    )
 
 
 def decided(rounds: Sequence[Round], design: Design) -> Comparison | None:

@@ -89,16 +89,19 @@ def test_the_interval_holds_the_truth_as_often_as_it_says_although_it_looks_agai
 def test_too_much_noise_is_told_as_such() -> None:
     found = compared(rounds(DESIGN.most, 0.05, gaussian(0.2, 5)), DESIGN)
     assert found.call is Call.UNCLEAR
-    assert found.text.startswith("cannot tell: B takes between -")
+    assert found.text.startswith("cannot tell: B - A is between -")
     assert decided(rounds(DESIGN.most - 1, 0.05, gaussian(0.2, 5)), DESIGN) is None
     assert decided(rounds(DESIGN.first - 1, 0.5, gaussian(1e-6, 5)), DESIGN) is None
 
 
 def test_a_sentence_is_a_ratio_with_its_confidence_and_the_noise_floor() -> None:
     sides = ((0.0, 0.002), (math.log(1.12), math.log(1.12) + 0.002))
-    assert compared([sides] * 4, DESIGN).text == "B is slower than A by 12.0 % +- 0.5 % (4 rounds; noise floor 0.14 %)"
+    assert (
+        compared([sides] * 4, DESIGN).text
+        == "B is slower than A by 12.0 % +- 0.5 % (99.9 % confidence; noise floor 0.14 %; 4 rounds)"
+    )
     again = ((0.0, 0.002), (0.0, 0.002))
-    assert compared([again] * 4, DESIGN).text.startswith("no difference: B takes +0.0 % +- 0.")
+    assert compared([again] * 4, DESIGN).text.startswith("no difference: B - A is +0.0 % +- 0.")
 
 
 def test_a_drift_and_a_disturbed_block_do_not_count() -> None:
