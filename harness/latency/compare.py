@@ -79,7 +79,7 @@ class Contest:
         with ExitStack() as stack:
             timers = [stack.enter_context(self._timer(side)) for side in self.sides for _ in range(2)]
             for timer in timers:
-                timer.send({"latency": "prepare", "case": self.case.id, "graph": self.graph})
+                timer.prepare(self.case, self.graph)
             self.facts = [timer.wait()["timed"] for timer in timers][::2]
             self.environments = [timer.environment for timer in timers][::2]
             _same_method(self.facts, self.sides)

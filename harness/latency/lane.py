@@ -55,7 +55,8 @@ class Lane:
         return timing
 
     def _timed(self, case: Case, timer: Timer) -> Timing:
-        facts = timer.ask({"latency": "prepare", "case": case.id, "graph": True})["timed"]
+        timer.prepare(case, graph=True)
+        facts = timer.wait()["timed"]
         warm = timer.ask({"latency": "warm"})["timed"]
         us, rotations = statistics.median(warm["us"]), facts["rotations"]
         calls = turn(us, rotations, self.device)

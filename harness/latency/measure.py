@@ -21,6 +21,7 @@ from harness.backends.base import Backend, Device, Launch
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from harness.latency import clocks
+from harness.latency.overlay import refusal
 from harness.latency.statistics import typical
 from harness.relations import step
 from harness.subject import SubjectError, guarded, same
@@ -31,7 +32,8 @@ FLUSH = 4  # times the L2 is read between two calls, so that nothing stays whate
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")  # a core's own; the shared L3 is nobody's to flush
 CPU_CACHE_BYTES = 1 << 21  # where the system does not say
 UNTIMED = 2  # calls at the head of a slot: the card was another process's
-WINDOW, AGREE, WARM_S = 4, 0.02, 1.0  # steady: so many windows of one rotation within 2 %; given up after so many seconds
+WINDOW, AGREE = 4, 0.02  # steady: so many windows of one rotation within 2 %
+WARM_S = {"cuda": 1.0, "cpu": 0.3}  # given up after: an H200 boosts within milliseconds, a shared core never rests
 MATMUL = {"cuda": 8192, "cpu": 512}  # a square product that fills an H200 (790 TFLOP/s were seen at 8192); 30 ms of one core
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes: many times the L2
 CEILING_RUNS = 10  # the best of them is the ceiling
@@ -44,10 +46,13 @@ def answer(held: dict[str, Stopwatch], backend: Backend, device: Device, request
         if asked == "ceilings":
             return {"timed": ceilings(device, str(request["dtype"]))}
         if asked == "prepare":
+            why, notes = refusal(str(request.get("overlay", "")), backend.library)
+            if why:
+                return {"problem": why}
             held.clear()
             case, graph = Case.parse(str(request["case"])), bool(request["graph"])
             held["now"] = guarded(lambda: Stopwatch(backend, device, case, graph))
-            return {"timed": held["now"].facts}
+            return {"timed": {**held["now"].facts, "notes": [*notes, *held["now"].facts["notes"]]}}
         if asked == "warm":
             return {"timed": guarded(held["now"].warm)}
         return {"timed": guarded(lambda: held["now"].slot(int(request["calls"])))}
@@ -95,10 +100,10 @@ class Stopwatch:
         return replay, "graph"
 
     def warm(self) -> Message:
-        """Call until WINDOW rotations in a row agree, WARM_S at most."""
+        """Call until WINDOW rotations in a row agree, for WARM_S at most."""
         started, seen = time.monotonic(), list[float]()
         rotations = len(self._steps)
-        while time.monotonic() - started < WARM_S or len(seen) < WINDOW:
+        while time.monotonic() - started < WARM_S[self._device.kind] or len(seen) < WINDOW:
             seen.append(typical(self._times(rotations), rotations, lowest=self._device.kind == "cpu"))
             if len(seen) >= WINDOW and max(seen[-WINDOW:]) - min(seen[-WINDOW:]) < AGREE:
                 return {"steady": True, "us": self._times(rotations)}

@@ -77,6 +77,10 @@ class Timer:
             text = f"{self.side.name}: {death.how(said)} while it was timed{f', having said: {words}' if words else ''}"
             raise TimingError(text) from error
 
+    def prepare(self, case: Case, graph: bool) -> None:
+        """Ask for the case to be packed and called once; `wait` has the facts."""
+        self.send({"latency": "prepare", "case": case.id, "graph": graph, "overlay": self.side.overlay})
+
     def ask(self, request: Message) -> Message:
         """`send` and `wait`."""
         self.send(request)

@@ -15,7 +15,7 @@ from harness import cli_latency
 from harness.backends.base import CPU, Device
 from harness.case import Case
 from harness.errors import MoecheckError, TimingError
-from harness.latency import compare
+from harness.latency import compare, overlay
 from harness.latency.clocks import Clock
 from harness.latency.compare import Contest, turn
 from harness.latency.statistics import Call, Design
@@ -60,8 +60,8 @@ class Fake:
     def __exit__(self, *exc: object) -> None:
         self.log.append(f"end {self.side.name}")
 
-    def send(self, request: dict[str, Any]) -> None:
-        self.request = request
+    def prepare(self, case: Case, graph: bool) -> None:
+        assert graph
 
     def wait(self) -> dict[str, Any]:
         return {"timed": {"method": self.methods.get(self.side.name, "clock"), "notes": []}}
@@ -157,10 +157,27 @@ def test_a_kernel_that_raises_while_it_is_timed_is_named(tmp_path: Path) -> None
     plugin = tmp_path / "toy.py"
     plugin.write_text(TOY)
     with Timer(Side("toy", (str(plugin),), name="the toy"), CPU, tmp_path, 60.0) as timer:
+        timer.prepare(CASE, graph=True)
         with pytest.raises(
             TimingError, match="the toy: ModuleNotFoundError: No module named 'moecheck_toy' while it was timed"
         ):
-            timer.ask({"latency": "prepare", "case": CASE.id, "graph": True})
+            timer.wait()
+
+
+def test_a_library_that_the_worker_has_imported_is_not_timed_under_another_release(tmp_path: Path) -> None:
+    """The environment would say 9.9, and every call would run what was imported before."""
+    for name, version in (("torch", "9.9"), ("numpy", "0.1")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    with Timer(Side("torch_grouped_mm", (), str(tmp_path), "B"), CPU, tmp_path, 60.0) as timer:
+        timer.prepare(CASE, graph=True)
+        with pytest.raises(TimingError, match=r"B: torch 9.9 of .* is not used: 2\..* was imported before"):
+            timer.wait()
+    why, notes = overlay.refusal(str(tmp_path), "vllm")
+    assert "numpy" not in why
+    assert any(note.startswith("numpy 0.1 of") for note in notes)
+    assert overlay.refusal("", "torch") == ("", [])
 
 
 @pytest.mark.parametrize(
