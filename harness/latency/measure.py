@@ -28,7 +28,7 @@ from harness.subject import SubjectError, guarded, same
 from harness.worker.protocol import Message
 
 ROTATIONS = 4  # steps of the same layer, other tokens and routing each
-FLUSH = 4  # times the L2 is read between two calls, so that nothing stays whatever the cache's policy is
+FLUSH = {"cuda": 4, "cpu": 2}  # times the L2 that is read between two calls, so that nothing stays whatever its policy is
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")  # a core's own; the shared L3 is nobody's to flush
 CPU_CACHE_BYTES = 1 << 21  # where the system does not say
 UNTIMED = 2  # calls at the head of a slot: the card was another process's
@@ -165,7 +165,7 @@ def _flush_buffer(device: Device) -> Tensor:
     else:
         text = CPU_CACHE.read_text().strip() if CPU_CACHE.exists() else ""
         size = int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdigit() else CPU_CACHE_BYTES
-    return torch.ones(FLUSH * size // 4, dtype=torch.float32, device=device.kind)
+    return torch.ones(FLUSH[device.kind] * size // 4, dtype=torch.float32, device=device.kind)
 
 
 def _graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
