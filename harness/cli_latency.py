@@ -32,6 +32,8 @@ out = Console(soft_wrap=True, highlight=False)
 MAX_BYTES = 1 << 27  # of a file of comparisons: 2 KiB a round
 SideText = Annotated[list[str], typer.Option(help="Of the side: a backend's name, a plugin FILE.py, a folder; repeatable.")]
 
+Resolution = Annotated[float, typer.Option(min=0.01, max=1.0, help='What "no difference" does not overlook, as a share.')]
+
 
 def phase(the_plan: Plan, folder: Path) -> list[Timing]:
     """Times what passed in a run folder, after its verdicts."""
@@ -65,6 +67,7 @@ def compare(  # noqa: PLR0913 - typer turns parameters into options
     plugin: Plugins = None,
     repeats: Annotated[int, typer.Option(min=1, help="Whole comparisons, each of fresh processes.")] = 1,
     most: Annotated[int, typer.Option(min=3, max=100, help="Rounds after which it gives up.")] = Design.most,
+    resolution: Resolution = Design.resolution,
     blocks: Annotated[int, typer.Option(min=2, max=100, help="A B B A blocks of a round.")] = BLOCKS,
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds for one answer of a child.")] = 300.0,
     graph: Annotated[bool, typer.Option(help="Replay a CUDA graph where the call can be captured.")] = True,
@@ -75,7 +78,7 @@ def compare(  # noqa: PLR0913 - typer turns parameters into options
     sides = side("A", a, backend, plugin or []), side("B", b, backend, plugin or [])
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs:
-        contest = Contest(case, sides, device, Path(logs), limit, Design(most=most), blocks, graph=graph)
+        contest = Contest(case, sides, device, Path(logs), limit, Design(resolution=resolution, most=most), blocks, graph=graph)
         contest.judge()
         for number in range(repeats):
             comparison, rounds = contest.run()
@@ -157,6 +160,7 @@ def power_(
     trials: Annotated[int, typer.Option(min=100, help="Comparisons to simulate.")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, help="The chance of this many right calls in a row is told.")] = 20,
     most: Annotated[int, typer.Option(min=3, max=100, help="Rounds after which it gives up.")] = Design.most,
+    resolution: Resolution = Design.resolution,
 ) -> None:
     """What a comparison on this machine can see: calls simulated on the noise that recorded comparisons had."""
     noise = power.pool([r for file in files for r in recorded(file)])
@@ -164,7 +168,7 @@ def power_(
         f"noise of {len(noise) // 2} pairs of processes: rms {100 * (sum(n * n for n in noise) / len(noise)) ** 0.5:.2f} %"
     )
     for true in slowdown or [0.0, 0.02, 0.05]:
-        found = power.simulated(noise, true, Design(most=most), trials)
+        found = power.simulated(noise, true, Design(resolution=resolution, most=most), trials)
         shares = ", ".join(f"{call} {100 * found.share(call):.2f} %" for call in Call if call in found.calls)
         right = Call.SLOWER if true > 0 else Call.SAME
         chance = 100 * found.all_of(right, repeats)

@@ -38,7 +38,7 @@ class Design:
     resolution: float = 0.03
     confidence: float = 0.999
     first: int = 3
-    most: int = 10
+    most: int = 16
 
     @property
     def level(self) -> float:

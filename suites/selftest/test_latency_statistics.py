@@ -98,7 +98,7 @@ def test_a_sentence_is_a_ratio_with_its_confidence_and_the_noise_floor() -> None
     sides = ((0.0, 0.002), (math.log(1.12), math.log(1.12) + 0.002))
     assert (
         compared([sides] * 4, DESIGN).text
-        == "B is slower than A by 12.0 % +- 0.5 % (99.9 % confidence; noise floor 0.14 %; 4 rounds)"
+        == "B is slower than A by 12.0 % +- 0.6 % (99.9 % confidence; noise floor 0.14 %; 4 rounds)"
     )
     again = ((0.0, 0.002), (0.0, 0.002))
     assert compared([again] * 4, DESIGN).text.startswith("no difference: B - A is +0.0 % +- 0.")
