@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,8 +122,11 @@ def test_a_turn_is_whole_rotations() -> None:
     assert turn(1e9, 1, CPU) == 1
 
 
-def test_two_releases_in_two_overlays_are_two_kernels(moecheck: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_releases_in_two_overlays_are_two_kernels(
+    moecheck: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Both children live at once, each with its own release in front of its path; B computes the layer and sleeps."""
+    monkeypatch.setattr(cli_latency, "Design", partial(Design, first=1))
     plugin, result = tmp_path / "toy.py", tmp_path / "out.json"
     plugin.write_text(TOY)
     old = release(tmp_path / "old", "1.0", "def kernel(out):\n    return out\n")

@@ -76,14 +76,14 @@ def test_a_slowdown_below_the_least_is_not_called_however_sure() -> None:
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says_although_it_looks_again() -> None:
-    """Stopping at the first clear answer of eight looks, each at 99.9 %, would miss it up to eight times as often."""
+    """Stopping at the first clear answer of eight looks, each at 99.95 %, would miss it up to eight times as often."""
     missed = 0
     for seed in range(3000):
         noise = gaussian(0.012, seed)
         sample = rounds(DESIGN.most, 0.02, noise)
         found = next(f for n in range(1, DESIGN.most + 1) if (f := decided(sample[:n], DESIGN)) is not None)
         missed += not found.low <= 1.02 <= found.high
-    assert missed <= 3000 * 0.001 + 4 * math.sqrt(3)  # what is due, and four standard deviations
+    assert missed <= 3000 * 0.0005 + 4 * math.sqrt(1.5)  # what is due, and four standard deviations
 
 
 def test_too_much_noise_is_told_as_such() -> None:
@@ -98,7 +98,7 @@ def test_a_sentence_is_a_ratio_with_its_confidence_and_the_noise_floor() -> None
     sides = ((0.0, 0.002), (math.log(1.12), math.log(1.12) + 0.002))
     assert (
         compared([sides] * 4, DESIGN).text
-        == "B is slower than A by 12.0 % +- 0.6 % (99.9 % confidence; noise floor 0.14 %; 4 rounds)"
+        == "B is slower than A by 12.0 % +- 0.7 % (99.95 % confidence; noise floor 0.14 %; 4 rounds)"
     )
     again = ((0.0, 0.002), (0.0, 0.002))
     assert compared([again] * 4, DESIGN).text.startswith("no difference: B - A is +0.0 % +- 0.")
