@@ -28,6 +28,7 @@ from harness import (
     cli_diff,
     cli_history,
     cli_known,
+    cli_latency,
     cli_list,
     cli_matrix_versions,
     cli_overlay,
@@ -77,6 +78,7 @@ app.command("bisect")(cli_bisect.command)
 app.command("overlay")(cli_overlay.command)
 app.command("merge")(cli_shards.merge_)
 app.add_typer(cli_pipeline.app, name="pipeline")
+app.add_typer(cli_latency.app, name="latency")
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 app.command("report")(cli_report.command)
@@ -104,6 +106,9 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure; not for a nightly.")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Afterwards, time what passed: production cases, or --case.")
+    ] = False,
 ) -> None:
     """Judge every planned case and print the table."""
     manner = Manner(verbose, jobs, fail_fast)
@@ -125,7 +130,10 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
         folder = cli_shards.folder_of(the_plan, part, out_dir, resume)
     else:
         folder = resume
-    raise typer.Exit(execute(the_plan, folder, out, err, manner))
+    code = execute(the_plan, folder, out, err, manner)
+    if latency and code in (CLEAN, KERNEL_FAILED):
+        cli_latency.phase(the_plan, folder)
+    raise typer.Exit(code)
 
 
 @app.command("plan")

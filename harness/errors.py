@@ -10,6 +10,7 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- OverlayError              an overlay of other releases that cannot be made now: no network, no room, no uv
 |-- CannotTell                a release that cannot be tested here, and why; a bisect steps around it
 |-- HistoryError              a history that holds no run, cannot be read or written, or wants a package that is not here
+|-- TimingError               nothing to time, or a timing that cannot be made or read
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
@@ -82,3 +83,7 @@ class CannotTell(MoecheckError):
 
 class HistoryError(MoecheckError):
     """A folder of runs, or an object store's prefix, that cannot be used as a history."""
+
+
+class TimingError(MoecheckError):
+    """A latency measurement that cannot be made, or a record of one that cannot be read."""
