@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
+from harness.axes import BIASES, WEIGHTINGS
 from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS
 from harness.errors import ConfigError, UnknownName
 from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
@@ -30,6 +31,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "fill": FILLS,
     "skew": SKEWS,
     "activation_format": ACTIVATION_FORMATS,
+    "bias": BIASES,
+    "weighting": WEIGHTINGS,
 }
 
 
@@ -63,8 +66,10 @@ class Axes(Strict):
     activation: tuple[str, ...] | None = None
     fill: tuple[str, ...] | None = None
     skew: tuple[str, ...] | None = None
+    bias: tuple[str, ...] | None = None
+    weighting: tuple[str, ...] | None = None
 
-    @field_validator("routing", "activation", "fill", "skew")
+    @field_validator("routing", "activation", "fill", "skew", "bias", "weighting")
     @classmethod
     def known(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         """Names must be known; the error lists near ones."""

@@ -4,7 +4,8 @@ A token has one entry, 1 or 2, in every span of columns. A gate row is live in o
 GEMM 1 has a few terms whatever the sizes, and gate * up stays on the grid of the middle's format. Where activations are
 quantised, every scale group holds an anchor: the largest code times a power of two, which fixes the group's scale, at a
 column or neuron that nothing else reads. The last column is a feature that every token has and the last neuron reads it
-alone, so a lost tail of either GEMM changes every token.
+alone, so a lost tail of either GEMM changes every token. A neuron's gate or up with a bias has no weights, so that its sums
+are values that others have too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TERM_BUDGET = 6.0  # down-projection terms per output over all experts: 4 % of t
 SCALED_TERM_BUDGET = 4.0
 ACTIVE = 0.45  # share of neurons with a non-zero product: 0.38 where an up row is live in one span, 0.50 ungated
 DOWN_GROUPS = (8, 4, 2)  # columns of which a down row has at most one entry: the widest that reaches the wanted density
+BIASED = 8  # one neuron in so many has a bias for its gate, another for its up, one output a bias of 1, another of -1
 PROBE_ROWS = 16  # one output in so many hears the last neuron
 X_SCALE = 2.0  # what a static format of the tokens is handed: 1 would not show a kernel that forgets it
 MIDDLE_SCALE = 2.0  # the same of a global scale of the middle: block scales of 16..64 become E4M3's 32..128
@@ -127,6 +129,7 @@ class ExactLayer:
     def gate(self, expert: int) -> Quantized:
         """[inter, hidden] of 0 and SATURATED, but for the anchors."""
         rows = self._rows(f"gate.{expert}", terms=1, signed=False)
+        rows[self._biased("gate", expert)] = 0
         if len(self.neurons.at):
             for column, part in zip((-1, -2), self.products.parts, strict=True):
                 rows[self.neurons.at, column] = (part << self.neurons.lift).to(torch.int8)
@@ -135,6 +138,7 @@ class ExactLayer:
     def up(self, expert: int) -> Quantized:
         """[inter, hidden] of 0, 1 and -1, but for the anchors."""
         rows = self._rows(f"up.{expert}", self.products.up_terms, signed=True)
+        rows[self._biased("up", expert)] = 0
         if len(self.neurons.at):
             rows[self.neurons.at, -1] = 1
             for column, part in zip((-1, -2), self.products.parts, strict=True):
@@ -155,6 +159,27 @@ class ExactLayer:
         rows[:, self.neurons.at] = 0
         rows[:, -1] = self._probe(stream.child("probe"))
         return self._pack("down", expert, rows, 1.0)
+
+    def bias(self, name: str, expert: int) -> Tensor:
+        """float32 [inter] of "gate" (0 or SATURATED) and "up" (0, 1, -1), [hidden] of "down" in GEMM 2's units of SATURATED."""
+        if name == "down":
+            classes = self.stream(f"down_bias.{expert}").fields(self.case.shape.hidden, 1, 16)[:, 0] % BIASED
+            return SATURATED * ((classes == 0).float() - (classes == 1).float())
+        biased = self._biased(name, expert).float()
+        if name == "gate":
+            return SATURATED * biased
+        sign = self.stream(f"up_bias.{expert}").fields(len(biased), 1, 16)[:, 0] & 1
+        return biased * (1 - 2 * sign)
+
+    def _biased(self, name: str, expert: int) -> Tensor:
+        """bool [inter]: the neurons of which "gate" or "up" is a bias alone; none of a layer without biases."""
+        inter = self.case.shape.inter
+        if self.case.bias == "nobias":
+            return torch.zeros(inter, dtype=torch.bool, device=self.device)
+        classes = self.stream(f"bias.{expert}").fields(inter, 1, 16)[:, 0] % BIASED
+        for kept in (self.neurons.at, self.neurons.spare, torch.tensor([inter - 1], device=self.device)):
+            classes[kept] = BIASED
+        return classes == ("gate", "up").index(name)
 
     def _probe(self, stream: Stream) -> Tensor:
         """int8 [hidden]: one entry in every PROBE_ROWS rows."""

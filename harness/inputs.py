@@ -24,6 +24,8 @@ from reference.routing import RULES, Routing
 GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, silu(g) * u ~ g * u / 2 hides a gate/up swap
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
 MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u| > z) ~ exp(-z / 3), and 3 ln(1e9) = 62
+BIASED_PEAK = 70.0  # the same where a bias adds a third to either variance: deviations of 2.08 and 1.61
+STEPS = 64  # a bias of the real fill is a multiple of 1 / 64 in [-1, 1): any 16-bit type holds it
 BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
@@ -62,8 +64,8 @@ class Inputs:
     that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
     float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
     reference routes them, for kernels that do not route. Another op's x and logits: harness/op_fills.py. Weights by expert:
-    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order. recorded: somebody else's tensors, which the
-    case's id does not say.
+    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order; biases, float32 or None: `gate_up_bias(e)`,
+    `down_bias(e)`. recorded: somebody else's tensors, which the case's id does not say.
     """
 
     recorded: ClassVar[bool] = False
@@ -96,7 +98,7 @@ class Inputs:
         if fmt.scaling is None or not fmt.scaling.static:
             return None
         room = fmt.scaling.global_range if fmt.scaling.global_scale else fills.peak(fmt)
-        return 2.0 ** math.floor(math.log2(room / MIDDLE_PEAK))
+        return 2.0 ** math.floor(math.log2(room / (MIDDLE_PEAK if self.case.bias == "nobias" else BIASED_PEAK)))
 
     @property
     def middle_global_scale(self) -> Tensor | None:
@@ -159,6 +161,25 @@ class Inputs:
             return self._exact.down(expert)
         shape = self.case.shape
         return self._real(f"down.{expert}", (shape.hidden, shape.inter), math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS)
+
+    def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """What one expert adds to its sums of GEMM 1, float32 [inter] for gate and up; None for what there is not."""
+        gated = ACTIVATIONS[self.case.activation].gated
+        return self._bias("gate", expert), self._bias("up", expert) if gated else None
+
+    def down_bias(self, expert: int) -> Tensor | None:
+        """The same of GEMM 2, [hidden]."""
+        return self._bias("down", expert)
+
+    def _bias(self, name: str, expert: int) -> Tensor | None:
+        if self.case.bias == "nobias":
+            return None
+        if self.case.exact:
+            assert isinstance(self._exact, ExactLayer)
+            return self._exact.bias(name, expert)
+        size = self.case.shape.hidden if name == "down" else self.case.shape.inter
+        stream = Stream(self.case.seed, f"real.{name}_bias.{expert}", self.device)
+        return (stream.fields(size, 1, 16)[:, 0] % (2 * STEPS) - STEPS).float() / STEPS
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when

@@ -327,6 +327,8 @@ def _handed(subject: Subject) -> str | None:
 
 
 def _two_slots(subject: Subject) -> str | None:
+    if subject.case.weighting == "oninput":
+        return "two weights on the input are not their sum"
     return _handed(subject) or (None if subject.case.shape.top_k > 1 else "top_k is 1")
 
 

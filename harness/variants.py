@@ -107,6 +107,14 @@ class Relabelled(Inputs):
         """See Inputs."""
         return super().down(self.order[expert])
 
+    def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """See Inputs."""
+        return super().gate_up_bias(self.order[expert])
+
+    def down_bias(self, expert: int) -> Tensor | None:
+        """See Inputs."""
+        return super().down_bias(self.order[expert])
+
 
 def relabelled(inputs: Inputs) -> Inputs:
     """Experts in reverse order within their group, logits and bias with them."""
