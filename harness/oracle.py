@@ -93,6 +93,8 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
     experts = experts_of(case, loader.weights)
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
+    if experts.weight_on_input:  # a rounded weight is as known as a rounded x
+        ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight)
     for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, ideal):
         rows.row[mine] = done.row
         middle = middle_error(done, weights, activation, rounding)
