@@ -305,6 +305,8 @@ def _probe_hidden(case: Case) -> str | None:
 def _plain_experts(case: Case) -> str | None:
     if case.bias == "bias" and case.fill in PROBES:
         return f"fill {case.fill}: a probe's output shows one weight, a bias would hide it"
+    if case.weighting == "oninput" and case.fill != "real":
+        return f"fill {case.fill}: weights below 1 on the input would leave the gates where silu rounds"
     if case.bias == "bias" and case.weighting == "oninput":
         return "bias and oninput: no model has both, and kernels disagree on whether the weight multiplies the bias"
     return None
@@ -312,11 +314,7 @@ def _plain_experts(case: Case) -> str | None:
 
 def _weighted_input(case: Case) -> str | None:
     """Where a weight does not depend on its logit, one place of multiplying looks like another."""
-    if case.weighting == "onoutput":
-        return None
-    if case.fill != "real":
-        return f"fill {case.fill}: weights below 1 on the input would leave the gates where silu rounds"
-    if case.shape.experts == 1 or (case.shape.top_k == 1 and RULES[case.routing].alone):
+    if case.weighting == "oninput" and (case.shape.experts == 1 or (case.shape.top_k == 1 and RULES[case.routing].alone)):
         return f"oninput: {case.routing} gives a lone expert one weight for every token: nothing shows where it is applied"
     return None
 
@@ -365,7 +363,7 @@ LIMITS = (
     Limit(("fill", "hidden"), _probe_hidden),
     Limit(("fill",), _fill),
     Limit(("fill", "bias", "weighting"), _plain_experts),
-    Limit(("fill", "routing", "experts", "top_k", "weighting"), _weighted_input),
+    Limit(("routing", "experts", "top_k", "weighting"), _weighted_input),
 )
 _SIZES = (Limit(("fill",), _fill), LIMITS[0], Limit(("tokens", "hidden", "inter", "experts"), _op_elements))
 OP_LIMITS = {

@@ -123,7 +123,8 @@ class Platform(Strict):
 
 
 class Production(Strict):
-    """A layer shape people serve. weight_on_input: the routing weight multiplies the expert's input, which no case has yet."""
+    """A layer shape people serve. bias: its experts have biases; weight_on_input: the routing weight multiplies what they
+    read. A backend that does not take these is asked without."""
 
     hidden: int
     inter: int
@@ -131,6 +132,7 @@ class Production(Strict):
     top_k: int
     routing: str
     activation: str
+    bias: bool = False
     weight_on_input: bool = False
     source: Source
 

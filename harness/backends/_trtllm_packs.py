@@ -203,7 +203,8 @@ def fp4(case: Case, inputs: Inputs) -> Packed:
         contract.append(Argument("hidden_states_scale", FP8, (tokens, hidden // vector), contiguous=True))
     parameters = activation_parameters(case, weights.get("output1_scale_gate_scalar"), experts, inputs.device)
     weights |= _fp4_biases(inputs, library, gated(case))
-    contract += [Argument(name, torch.float32, (experts, "of rows")) for name in weights if name.endswith("bias")]
+    lengths = {"gemm1_bias": rows, "gemm2_bias": hidden}
+    contract += [Argument(name, torch.float32, (experts, n), contiguous=True) for name, n in lengths.items() if name in weights]
     absent = ("gemm1_bias", "gemm2_bias", "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
     weights |= {name: value for name, value in parameters.items() if value is not None}
     missing = [name for name in (*absent, *parameters) if name not in weights]
