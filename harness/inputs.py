@@ -17,6 +17,7 @@ from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
 from harness.idcode import IdLayer
 from reference.activation import ACTIVATIONS
+from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
 from reference.routing import RULES, Routing
@@ -35,9 +36,10 @@ DRAWN_BYTES = 1 << 28  # weights kept between a case's relations; a served layer
 @dataclass
 class Drawn:
     """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. Everybody gets
-    copies: a subject may write to what it was handed."""
+    copies: a subject may write to what it was handed. decoded: (device, expert) -> as numbers, for the oracle alone."""
 
     kept: dict[tuple[str, str, int], tuple[Quantized | None, ...]] = field(default_factory=dict)
+    decoded: dict[tuple[str, int], ExpertWeights] = field(default_factory=dict)
     size: int = 0
 
     def get(self, key: tuple[str, str, int], draw: Callable[[], tuple[Quantized | None, ...]]) -> tuple[Quantized | None, ...]:
@@ -69,6 +71,7 @@ class Inputs:
     """
 
     recorded: ClassVar[bool] = False
+    own_experts: ClassVar[bool] = True  # expert e of every inputs that share `drawn` is the same
 
     case: Case
     device: str
