@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -17,6 +17,7 @@ from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
 from harness.idcode import IdLayer
 from reference.activation import ACTIVATIONS
+from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
 from reference.routing import RULES, Routing
@@ -29,25 +30,33 @@ STEPS = 64  # a bias of the real fill is a multiple of 1 / 64 in [-1, 1): any 16
 BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
+TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of a matrix of several experts: a core's cache; a launch's worth
 DRAWN_BYTES = 1 << 28  # weights kept between a case's relations; a served layer of several GB is drawn anew each time
+
+
+Draw = Callable[[Sequence[int]], list[tuple[Quantized | None, ...]]]  # experts -> their matrices
 
 
 @dataclass
 class Drawn:
     """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. Everybody gets
-    copies: a subject may write to what it was handed."""
+    copies: a subject may write to what it was handed. decoded: (device, expert) -> as numbers, for the oracle alone."""
 
     kept: dict[tuple[str, str, int], tuple[Quantized | None, ...]] = field(default_factory=dict)
+    decoded: dict[tuple[str, int], ExpertWeights] = field(default_factory=dict)
     size: int = 0
 
-    def get(self, key: tuple[str, str, int], draw: Callable[[], tuple[Quantized | None, ...]]) -> tuple[Quantized | None, ...]:
-        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for."""
+    def get(self, key: tuple[str, str, int], together: Sequence[int], draw: Draw) -> tuple[Quantized | None, ...]:
+        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for, and for the experts `together`
+        with it."""
         if key not in self.kept:
-            drawn = draw()
-            self.size += sum(q.codes.nbytes for q in drawn if q is not None)
+            device, name, expert = key
+            wanted = [e for e in together if (device, name, e) not in self.kept]
+            drawn = dict(zip(wanted, draw(wanted), strict=True))
+            self.size += sum(q.codes.nbytes for matrices in drawn.values() for q in matrices if q is not None)
             if self.size > DRAWN_BYTES:
-                return drawn
-            self.kept[key] = drawn
+                return drawn[expert]
+            self.kept |= {(device, name, e): matrices for e, matrices in drawn.items()}
         return tuple(None if q is None else _copied(q) for q in self.kept[key])
 
 
@@ -69,6 +78,7 @@ class Inputs:
     """
 
     recorded: ClassVar[bool] = False
+    own_experts: ClassVar[bool] = True  # expert e of every inputs that share `drawn` is the same
 
     case: Case
     device: str
@@ -134,33 +144,39 @@ class Inputs:
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
-        gate, up = self.drawn.get((self.device, "gate_up", expert), lambda: self._gate_up(expert))
+        gate, up = self.drawn.get((self.device, "gate_up", expert), self._together(expert), self._gate_up)
         assert gate is not None
         return gate, up
 
     def down(self, expert: int) -> Quantized:
         """Down-projection weights of one expert, [hidden, inter]."""
-        (down,) = self.drawn.get((self.device, "down", expert), lambda: (self._down(expert),))
+        (down,) = self.drawn.get((self.device, "down", expert), self._together(expert), self._down)
         assert down is not None
         return down
 
-    def _gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+    def _together(self, expert: int) -> range:
+        """The experts that are drawn with this one: of a small layer's matrices many take no longer than one."""
+        shape = self.case.shape
+        count = max(1, TOGETHER[self.x.device.type] // max(1, shape.inter * shape.hidden))
+        return range(expert // count * count, min(shape.experts, expert // count * count + count))
+
+    def _gate_up(self, experts: Sequence[int]) -> list[tuple[Quantized | None, ...]]:
         gated = ACTIVATIONS[self.case.activation].gated
         if self.case.exact:
-            return self._exact.gate(expert), self._exact.up(expert) if gated else None
+            return _pairs(self._exact.gate(experts), self._exact.up(experts) if gated else None)
         shape = (self.case.shape.inter, self.case.shape.hidden)
         scaling = get(self.case.recipe.weights).scaling
         shared = scaling is not None and scaling.static
         stds = (math.sqrt(GATE_STD * UP_STD),) * 2 if shared else (GATE_STD, UP_STD)
         gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in stds)
-        gate = self._real(f"gate.{expert}", shape, gate_rms)
-        return gate, self._real(f"up.{expert}", shape, up_rms, f"gate.{expert}") if gated else None
+        gate = self._real("gate", experts, shape, gate_rms)
+        return _pairs(gate, self._real("up", experts, shape, up_rms, "gate") if gated else None)
 
-    def _down(self, expert: int) -> Quantized:
-        if self.case.exact:
-            return self._exact.down(expert)
+    def _down(self, experts: Sequence[int]) -> list[tuple[Quantized | None, ...]]:
         shape = self.case.shape
-        return self._real(f"down.{expert}", (shape.hidden, shape.inter), math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS)
+        rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
+        drawn = self._exact.down(experts) if self.case.exact else self._real("down", experts, (shape.hidden, shape.inter), rms)
+        return [(down,) for down in drawn]
 
     def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         """What one expert adds to its sums of GEMM 1, float32 [inter] for gate and up; None for what there is not."""
@@ -188,9 +204,13 @@ class Inputs:
         w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
         return w13, torch.stack([self.down(e).codes for e in experts])
 
-    def _real(self, name: str, shape: tuple[int, int], rms: float, common: str = "") -> Quantized:
-        own, other = (Stream(self.case.seed, f"real.{n}", self.device) for n in (name, common or name))
-        return fills.real(get(self.case.recipe.weights), shape, own, rms, other)
+    def _real(self, name: str, experts: Sequence[int], shape: tuple[int, int], rms: float, common: str = "") -> list[Quantized]:
+        own, other = ([Stream(self.case.seed, f"real.{n}.{e}", self.device) for e in experts] for n in (name, common or name))
+        return fills.real_all(get(self.case.recipe.weights), shape, own, rms, other)
+
+
+def _pairs(gates: list[Quantized], ups: list[Quantized] | None) -> list[tuple[Quantized | None, ...]]:
+    return list(zip(gates, [None] * len(gates) if ups is None else ups, strict=True))
 
 
 def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:

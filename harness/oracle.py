@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.batched import groups
 from harness.case import Case
 from harness.inputs import Inputs
 from harness.mistakes import guarding
@@ -19,7 +20,7 @@ from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_error, row_variance
 from reference.exactness import ACCUMULATORS, exact_in_any_order
 from reference.experts import ExpertPass, ExpertWeights, forward
-from reference.moe import Experts, finalize, passes
+from reference.moe import Experts, finalize
 from reference.rounding import Rounding
 from reference.routing import Routing
 
@@ -95,16 +96,17 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
     if experts.weight_on_input:  # a rounded weight is as known as a rounded x
         ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight)
-    for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, ideal):
-        rows.row[mine] = done.row
+    for group in groups(inputs.x, inputs.routing, experts, (ideal, rounding)):
+        mine, done, weights = group.slots, group.done, group.weights
+        rows.row[mine] = group.rows(done.row)
         middle = middle_error(done, weights, activation, rounding)
-        rows.variance[mine] = row_variance(done, weights, middle, rounding)
-        rows.moments[mine] = middle.moments
+        rows.variance[mine] = group.rows(row_variance(done, weights, middle, rounding))
+        rows.moments[mine] = group.rows(middle.moments)
         if rows.baseline is not None:
             inside = dataclasses.replace(rounding, x=None) if experts.weight_on_input else rounding
-            rows.baseline[mine] = forward(done.x, weights, activation, inside).row
-        if impostors:
-            bystander.see(expert, mine, done)
+            rows.baseline[mine] = group.rows(forward(done.x, weights, activation, inside).row)
+        for expert, own, alone in group.alone() if impostors else ():
+            bystander.see(expert, own, alone)
         if case.exact:
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ def other_weights(inputs: Inputs) -> Inputs:
 class Relabelled(Inputs):
     """The experts under other numbers: expert e here is expert order[e] of the case."""
 
+    own_experts: ClassVar[bool] = False
     order: tuple[int, ...] = ()
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:

@@ -23,7 +23,8 @@ from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
 AT_HAND = 3  # experts whose weights stay decoded: the one whose turn it is, and its two neighbours
-KEPT = 2**22  # weights that may stay decoded, 32 MiB of float64: all of a small layer, which is asked again and again
+# weights that may stay decoded, 32 MiB of float64, 1 GiB on a GPU: all of a small layer, which is asked again and again
+KEPT = {"cpu": 2**22, "cuda": 2**27}
 SATURATES = Rounding(
     activated="fp32"
 )  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
@@ -54,9 +55,9 @@ class Loader:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         shape = inputs.case.shape
-        self.room = max(AT_HAND, KEPT // max(1, 3 * shape.hidden * shape.inter))
+        self.room = max(AT_HAND, KEPT[inputs.x.device.type] // max(1, 3 * shape.hidden * shape.inter))
         self._packed: dict[int, Packed] = {}
-        self._decoded: dict[int, ExpertWeights] = {}
+        self._decoded: dict[tuple[str, int], ExpertWeights] = inputs.drawn.decoded if inputs.own_experts else {}
 
     def packed(self, expert: int) -> Packed:
         """The stored weights of one expert."""
@@ -73,10 +74,11 @@ class Loader:
 
     def weights(self, expert: int) -> ExpertWeights:
         """The decoded weights of one expert, float64."""
-        if expert not in self._decoded:
+        key = (self.inputs.device, expert)
+        if key not in self._decoded:
             _make_room(self._decoded, self.room)
-            self._decoded[expert] = self.packed(expert).decode()
-        return self._decoded[expert]
+            self._decoded[key] = self.packed(expert).decode()
+        return self._decoded[key]
 
 
 def experts_of(case: Case, weights: Callable[[int], ExpertWeights]) -> Experts:
@@ -84,7 +86,7 @@ def experts_of(case: Case, weights: Callable[[int], ExpertWeights]) -> Experts:
     return Experts(case.shape.experts, weights, ACTIVATIONS[case.activation], weight_on_input=case.weighting == "oninput")
 
 
-def _make_room(kept: dict[int, Any], room: int) -> None:
+def _make_room(kept: dict[Any, Any], room: int) -> None:
     while len(kept) >= room:
         del kept[next(iter(kept))]
 

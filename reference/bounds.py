@@ -56,7 +56,7 @@ def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     q is taken from the rows' mean squares (of b over at most SAMPLED columns), so a and b are not multiplied again.
     """
     terms = a.shape[-1]
-    mean_square = a.square().mean(-1)[:, None] * b[:, :: -(-terms // SAMPLED)].square().mean(-1)[None, :]
+    mean_square = a.square().mean(-1)[..., :, None] * b[..., :: -(-terms // SAMPLED)].square().mean(-1)[..., None, :]
     relative = 2.0 ** (-2 * FP32.mantissa_bits) * MEAN_SQUARED_ULP / 12
     return (mean_square * (terms**2 / 6) + total.square() * (terms / 3)) * relative
 
@@ -127,7 +127,7 @@ def _activated_variance(point: str, gate: Tensor, activated: Tensor, rounding: R
 def row_variance(done: ExpertPass, weights: ExpertWeights, middle: MiddleError, rounding: Rounding) -> Tensor:
     """Variance of one expert's output rows [rows, hidden], float64."""
     down = weights.down.float()  # a variance is wanted to a percent: float32 halves the traffic
-    row = middle.random.float() @ down.square().T if middle.known is None else _known_square(middle, down)
+    row = middle.random.float() @ down.square().mT if middle.known is None else _known_square(middle, down)
     return row.double() + _sum_of_gemm(rounding, "row", (done.middle, weights.down, weights.down_bias), done.row)
 
 

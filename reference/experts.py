@@ -13,7 +13,8 @@ from reference.rounding import IDEAL, Rounding
 @dataclass(frozen=True)
 class ExpertWeights:
     """Decoded weights of one expert, float64: gate and up [intermediate, hidden] (up None when not gated),
-    down [hidden, intermediate]; biases [intermediate] and [hidden], added to what GEMMs sum up, or None."""
+    down [hidden, intermediate]; biases [intermediate] and [hidden], added to what GEMMs sum up, or None. Of several experts
+    at once: a leading axis, biases [experts, 1, ...]."""
 
     gate: Tensor
     up: Tensor | None
@@ -25,7 +26,8 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertPass:
-    """x [rows, hidden] through one expert: gate, up, middle [rows, intermediate] and row [rows, hidden], float64."""
+    """x [rows, hidden] through one expert: gate, up, middle [rows, intermediate] and row [rows, hidden], float64. Of several
+    experts at once: a leading axis."""
 
     x: Tensor
     gate: Tensor
@@ -53,7 +55,7 @@ def combined(gate: Tensor, up: Tensor | None, activation: Activation, rounding: 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding = IDEAL) -> Tensor:
     """x [rows, in] @ weight [out, in].T, through the point "product", plus bias [out]."""
-    product = rounding.at("product", x @ weight.T)
+    product = rounding.at("product", x @ weight.mT)
     return product if bias is None else product + bias
 
 

@@ -42,15 +42,21 @@ def passes(
 ) -> Iterator[tuple[int, Tensor, ExpertPass, ExpertWeights]]:
     """(expert, slots, pass, weights) of every expert that received a token; slot = token * top_k + k."""
     groups = dispatch(routing.ids, experts.count)
-    top_k = routing.ids.shape[1]
     for expert in groups.offsets.diff().nonzero().flatten().tolist():
         slots = groups.slots(expert)
-        rows, inside = x[slots // top_k].double(), rounding
-        if experts.weight_on_input:  # after x is quantised: kernels multiply the sums, what they read is on a grid
-            rows = rounding.at("x", rows) * rounding.at("routing_weight", routing.weights.flatten()[slots, None])
-            inside = replace(rounding, x=None)
+        rows, inside = entering(x, slots, routing, experts, rounding)
         decoded = experts.weights(expert)
         yield expert, slots, forward(rows, decoded, experts.activation, inside), decoded
+
+
+def entering(x: Tensor, slots: Tensor, routing: Routing, experts: Experts, rounding: Rounding) -> tuple[Tensor, Rounding]:
+    """What experts read for `slots` [...]: rows [..., hidden] float64, and the roundings that remain for them."""
+    rows = x[slots // routing.ids.shape[1]].double()
+    if not experts.weight_on_input:
+        return rows, rounding
+    # after x is quantised: kernels multiply the sums, what they read is on a grid
+    rows = rounding.at("x", rows) * rounding.at("routing_weight", routing.weights.flatten()[slots].unsqueeze(-1))
+    return rows, replace(rounding, x=None)
 
 
 def finalize(rows: Tensor, weights: Tensor, rounding: Rounding = IDEAL, shared: Tensor | None = None) -> Tensor:

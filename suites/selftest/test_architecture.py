@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
 CORE = (
     "axes",
+    "batched",
     "anchors",
     "case",
     "checks",
