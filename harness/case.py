@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from harness.anchors import Products
 from harness.axes import ACTIVATION_FORMATS as ACTIVATION_FORMATS
 from harness.axes import AXES as AXES
-from harness.axes import BIASES, IDS, LETTERS, OPTIONAL, PROBES, WEIGHTINGS
+from harness.axes import BIASES as BIASES
 from harness.axes import FILLS as FILLS
+from harness.axes import IDS, LETTERS, OPTIONAL, PROBES
 from harness.axes import NEUTRAL as NEUTRAL
 from harness.axes import OPS as OPS
 from harness.axes import SKEWS as SKEWS
+from harness.axes import WEIGHTINGS as WEIGHTINGS
 from harness.errors import CaseError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.format import WHOLE

@@ -10,8 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from harness.axes import BIASES, WEIGHTINGS
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS
+from harness.case import ACTIVATION_FORMATS, AXES, BIASES, FILLS, MAX_ELEMENTS, OPS, SKEWS, WEIGHTINGS
 from harness.errors import ConfigError, UnknownName
 from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
 from harness.hardware import Strict as Strict  # also what bundles are read with

@@ -26,7 +26,12 @@ GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, s
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
 MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u| > z) ~ exp(-z / 3), and 3 ln(1e9) = 62
 BIASED_PEAK = 70.0  # the same where a bias adds a third to either variance: deviations of 2.08 and 1.61
-STEPS = 64  # a bias of the real fill is a multiple of 1 / 64 in [-1, 1): any 16-bit type holds it
+# A bias of the real fill is one of 128 multiples of a step, in [-1, 1) before the activation and, where the rows of 8 experts
+# average out, in [-4, 4) after it: any 16-bit type holds it.
+BIAS_STEPS, BIAS_STEP = 128, {"gate": 2.0**-6, "up": 2.0**-6, "down": 2.0**-4}
+# Added to the logits, times their spread, where routing weights multiply the input: sigmoid(3) is nearly 1, and 1 on the input
+# is 1 on the output.
+ON_INPUT_SHIFT = -3.5
 BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
@@ -195,7 +200,7 @@ class Inputs:
             return self._exact.bias(name, expert)
         size = self.case.shape.hidden if name == "down" else self.case.shape.inter
         stream = Stream(self.case.seed, f"real.{name}_bias.{expert}", self.device)
-        return (stream.fields(size, 1, 16)[:, 0] % (2 * STEPS) - STEPS).float() / STEPS
+        return (stream.fields(size, 1, 16)[:, 0] % BIAS_STEPS - BIAS_STEPS // 2).float() * BIAS_STEP[name]
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when
@@ -261,7 +266,8 @@ def _logits(case: Case, stream: Stream) -> Tensor:
     if case.exact:
         return torch.where(rank < case.shape.top_k, CHOSEN, REJECTED).float()
     spread = 1 + (stream.child("spread").fields(tokens, 1, 4) & 3).float() / 8
-    return torch.where(rank < 16, 3 - rank / 4, -1 - (rank - 16) / 32).float() * spread
+    shift = ON_INPUT_SHIFT if case.weighting == "oninput" else 0.0
+    return (torch.where(rank < 16, 3 - rank / 4, -1 - (rank - 16) / 32).float() + shift) * spread
 
 
 def _handicap(case: Case, stream: Stream) -> Tensor:

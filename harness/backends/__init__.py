@@ -12,9 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from harness.axes import BIASES, WEIGHTINGS
 from harness.backends.base import Backend, always
-from harness.case import AXES, OPS, Recipe
+from harness.case import AXES, BIASES, OPS, WEIGHTINGS, Recipe
 from harness.errors import MoecheckError, PluginError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES

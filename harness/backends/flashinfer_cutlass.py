@@ -13,12 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.axes import BIASES
 from harness.backends._flashinfer import ACTIVATION_TYPE, Placement, activation_type, built, known, whole
 from harness.backends._flashinfer_modes import Packed, fp8_block, fp8_tensor, mxfp4_mxfp8, mxfp8, nvfp4, plain, w4a8, w4a16
 from harness.backends._packing import biases
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, Case, Limit
 from harness.entry import resolve
 from harness.guard import Argument
 from harness.inputs import Inputs

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from harness.axes import BIASES, WEIGHTINGS
 from harness.backends._trtllm import METHODS, MOE, Packed, bind, gated
 from harness.backends._trtllm_packs import bf16, fp4, fp8_block, fp8_tensor, mxint4
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.entry import needs
 from harness.inputs import Inputs
 from reference.formats import get

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.axes import BIASES
 from harness.backends._packing import biases
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import Case, Limit
+from harness.case import BIASES, Case, Limit
 from harness.guard import Argument, Entry
 from harness.inputs import Inputs
 from reference.rounding import Rounding

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.axes import BIASES
 from harness.backends import _vllm
 from harness.backends._packing import Stack, biases, pack
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import Case
+from harness.case import BIASES, Case
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 

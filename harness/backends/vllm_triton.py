@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.axes import BIASES, WEIGHTINGS
 from harness.backends import _vllm
 from harness.backends._packing import Stack, biases, group_of, pack
 from harness.backends._vllm_schemes import FP8, INT8, Scheme, blocks, interleaved_blocks
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
