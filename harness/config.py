@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS
+from harness.case import ACTIVATION_FORMATS, AXES, BIASES, FILLS, MAX_ELEMENTS, OPS, SKEWS, WEIGHTINGS
 from harness.errors import ConfigError, UnknownName
 from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
 from harness.hardware import Strict as Strict  # also what bundles are read with
@@ -37,6 +37,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "fill": FILLS,
     "skew": SKEWS,
     "activation_format": ACTIVATION_FORMATS,
+    "bias": BIASES,
+    "weighting": WEIGHTINGS,
 }
 
 
@@ -70,8 +72,10 @@ class Axes(Strict):
     activation: tuple[str, ...] | None = None
     fill: tuple[str, ...] | None = None
     skew: tuple[str, ...] | None = None
+    bias: tuple[str, ...] | None = None
+    weighting: tuple[str, ...] | None = None
 
-    @field_validator("routing", "activation", "fill", "skew")
+    @field_validator("routing", "activation", "fill", "skew", "bias", "weighting")
     @classmethod
     def known(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         """Names must be known; the error lists near ones."""
@@ -125,7 +129,8 @@ class Platform(Strict):
 
 
 class Production(Strict):
-    """A layer shape people serve. weight_on_input: the routing weight multiplies the expert's input, which no case has yet."""
+    """A layer shape people serve. bias: its experts have biases; weight_on_input: the routing weight multiplies what they
+    read. A backend that does not take these is asked without."""
 
     hidden: int
     inter: int
@@ -133,6 +138,7 @@ class Production(Strict):
     top_k: int
     routing: str
     activation: str
+    bias: bool = False
     weight_on_input: bool = False
     source: Source
 

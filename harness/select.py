@@ -90,6 +90,8 @@ def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
         "recipe": backend.recipes,
         "activation": backend.activations,
         "routing": backend.routings or axes.get("routing", ()),
+        "bias": backend.biases,
+        "weighting": backend.weightings,
     }
     kept = {name: [v for v in values if v in declared.get(name, values)] for name, values in axes.items()}
     return kept if all(kept.values()) else None

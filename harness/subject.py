@@ -18,7 +18,7 @@ from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
 from harness.op_answers import promised
 from harness.oracle import Expected, expect
-from harness.variants import copied, judged_on, other_tokens
+from harness.variants import copied, judged_on, other_tokens, other_weights
 from harness.verdict import Finding
 
 T = TypeVar("T")
@@ -70,6 +70,11 @@ class Subject:
     def other(self) -> Inputs:
         """Another step of the same layer."""
         return other_tokens(self.inputs)
+
+    @cached_property
+    def other_layer(self) -> Inputs:
+        """Another layer of the same shapes."""
+        return other_weights(self.inputs)
 
     def prepare(self, inputs: Inputs, copy: bool = True) -> Launch:
         """A launch of the same backend on other inputs, a copy of them unless their strides matter."""

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
 CORE = (
+    "axes",
+    "batched",
     "anchors",
     "case",
     "checks",
