@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def groups(x: Tensor, routing: Routing, experts: Experts, roundings: Sequence[Ro
         return
     found = dispatch(routing.ids, experts.count)
     offsets = found.offsets.tolist()
-    counts = {e: offsets[e + 1] - offsets[e] for e in range(experts.count) if offsets[e + 1] > offsets[e]}
+    counts = {e: end - start for e, (start, end) in enumerate(pairwise(offsets)) if end > start}
     for members in _alike(counts, experts, x.device.type):
         most = counts[members[0]]
         mine = [torch.arange(offsets[e], offsets[e + 1]) for e in members]

@@ -24,13 +24,16 @@ from harness import config
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
+from harness.faults import deadly
 from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect, weight_source
 from harness.pipeline import Options, run
 from harness.report import junit, page
 from harness.select import Item
+from harness.verdict import Status
 from harness.worker.child import THREADS
+from harness.worker.replay import Budget
 from harness.worker.supervisor import Supervisor
 from reference import fused
 from reference.activation import ACTIVATIONS
@@ -42,6 +45,7 @@ from reference.routing import Routing
 
 CASES = 300
 CRASHES = 10
+STORM, EVERY = 1000, 10  # cases, one in so many of which dies
 ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
@@ -125,6 +129,35 @@ def replacement() -> None:
     console.print(f"replacement: a crash costs {middle:.3f} s over a warm case (median of {CRASHES}, worst {max(gaps):.3f} s)")
     console.print(
         f"replacement: a fresh interpreter with torch takes {fresh:.2f} s, {fresh / max(middle, 1e-3):.0f} times as long"
+    )
+
+
+def crashes() -> None:
+    """1,000 small cases of a smoke run, 100 of them on a kernel that dies, each death explained as that tier does, against the
+    same cases with a right kernel in its place; alternating in fifties."""
+    tier, kernels = config.tier("smoke"), ("deadly_segfault", "deadly_abort")
+    cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(STORM)]
+    clean = stormy = 0.0
+    died = 0
+    with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (deadly.__name__,), Path(folder), 60) as worker:
+        worker.checks, worker.budget = tier.checks, Budget(tier.replay_runs, tier.replay_s)
+        journals = [Journal(made) for made in (Path(folder) / "clean", Path(folder) / "stormy") if not made.mkdir()]
+        worker.judge(cases[0], deadly.CLEAN.name)
+
+        def judged(journal: Journal, items: Iterable[tuple[str, Case]]) -> None:
+            nonlocal died
+            for subject, case in items:
+                verdict = worker.judge(case, subject)
+                died += verdict.status is Status.CRASHED
+                journal.append(verdict)
+
+        for start in range(0, STORM, 50):
+            right = [(deadly.CLEAN.name, case) for case in cases[start : start + 50]]
+            mixed = [(kernels[i // EVERY % 2] if i % EVERY == EVERY - 1 else name, c) for i, (name, c) in enumerate(right)]
+            clean += timed(partial(judged, journals[0], right))
+            stormy += timed(partial(judged, journals[1], mixed))
+    console.print(
+        f"crashes: {STORM} cases without {clean:.1f} s, {died} of them dying {stormy:.1f} s, ratio {stormy / clean:.2f}"
     )
 
 
@@ -247,6 +280,7 @@ if __name__ == "__main__":
     isolation()
     recording()
     replacement()
+    crashes()
     encoders()
     reference_layer()
     few_rows()

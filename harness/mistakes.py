@@ -246,7 +246,9 @@ def _guarding_options(case: Case) -> dict[str, Mistake]:
     if case.bias == "bias":
         found |= {f"lost_bias_{matrix}": other_bias(matrix, None) for matrix in ("w13", "w2")}
         if case.shape.experts > 1:
-            found |= {f"next_expert_bias_{matrix}": other_bias(matrix, 1) for matrix in ("w13", "w2")}
+            found["next_expert_bias_w13"] = other_bias("w13", 1)
+        if case.shape.experts > case.shape.top_k:  # of all experts with like weights the sum of what they add stays the same
+            found["next_expert_bias_w2"] = other_bias("w2", 1)
     if case.weighting == "oninput":
         found |= {"weight_on_output": weighted_output(False), "weight_twice": weighted_output(True)}
     return found

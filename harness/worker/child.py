@@ -144,6 +144,7 @@ class Bench:
         self.setup, self.backends = setup, dict[str, Backend]()
         self._cache = OracleCache()
         self._timed: dict[str, Any] = {}
+        self._environments: dict[str, dict[str, str]] = {}
         self._canaries = soak.Canaries(setup.device) if setup.soak else None
         self._progress = Progress(lambda stage: link.send({"stage": stage.value}))
         if setup.run_folder:
@@ -155,7 +156,9 @@ class Bench:
         if name not in self.backends:
             raise UnknownName("backend", name, self.backends)
         backend, device = self.backends[name], self.setup.device
-        facts = {"environment": environment(backend, device)}
+        if name not in self._environments:  # reading a distribution's metadata takes a millisecond
+            self._environments[name] = environment(backend, device)
+        facts = {"environment": self._environments[name]}
         if "probe" in request:
             return {"support": asdict(checked_probe(backend, device)), **facts}
         if "bundle" in request:  # safetensors is nobody else's business

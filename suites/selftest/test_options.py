@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from harness.case import Case
 from harness.checks import untrusted
 from harness.compare import compare
 from harness.emulate import emulate
-from harness.entry import planted, twins
+from harness.entry import planted, planting, twins
 from harness.errors import CaseError
 from harness.inputs import Inputs, make_inputs
 from harness.oracle import Expected, expect, layer_experts
@@ -290,3 +292,46 @@ def test_shrinking_drops_the_options_first() -> None:
     space = below(case, BACKENDS["torch_grouped_mm"])
     assert space.choices(case, "bias") == ["nobias", "bias"]
     assert space.plainest(case).bias == "nobias"
+
+
+# -- vLLM's Triton experts, which nothing here runs: what they are handed
+
+LAYERS = "vllm.model_executor.layers.fused_moe"
+
+
+def _described(*scales: Tensor, **named: object) -> SimpleNamespace:
+    return SimpleNamespace(scales=scales, **named)
+
+
+@pytest.mark.parametrize(
+    ("subject", "text"),
+    [
+        ("vllm_triton", "moe.bf16.t5.h64.i32.e4.k2.default.swiglu_oai.standard.real.bias.s0"),
+        ("vllm_triton_fp8", "moe.fp8_channel-fp8_token.t5.h64.i32.e4.k2.default.swiglu.standard.real.bias.s0"),
+        ("vllm_triton_int8", "moe.int8_channel.t5.h64.i32.e4.k2.renormalize.silu.standard.exact.bias.s0"),
+        ("vllm_triton", "moe.bf16.t5.h64.i32.e4.k1.default.swiglu.standard.real.oninput.s0"),
+    ],
+)
+def test_vllm_is_handed_biases_in_the_order_of_its_rows_and_asked_for_weights_on_the_input(subject: str, text: str) -> None:
+    asked: dict[str, Any] = {}
+    case = Case.parse(text)
+    inputs = make_inputs(case)
+
+    def experts(x: Tensor, *tensors: Tensor, **options: object) -> Tensor:
+        asked.update(options)
+        return torch.zeros_like(x)
+
+    configs = ("biased_moe_quant_config", "fp8_w8a8_moe_quant_config", "int8_w8a16_moe_quant_config")
+    functions: dict[str, Callable[..., Any]] = {f"{LAYERS}.config.{name}": _described for name in configs}
+    members = SimpleNamespace(SILU=0, SWIGLUOAI=1, SILU_NO_MUL=2)
+    with planting({**functions, f"{LAYERS}.fused_moe.fused_experts": experts, f"{LAYERS}.activation.MoEActivation": members}):  # type: ignore[dict-item]
+        BACKENDS[subject].prepare(case, inputs).call()
+    assert asked["apply_router_weight_on_input"] is (case.weighting == "oninput")
+    if case.bias == "nobias":
+        return
+    quant = asked["quant_config"]
+    gate, up = inputs.gate_up_bias(1)
+    parts = [gate] if up is None else [gate, up]
+    wanted = torch.stack(parts, dim=1).flatten() if case.activation == "swiglu_oai" else torch.cat(parts)  # type: ignore[arg-type]
+    assert torch.equal(quant.w1_bias[1].float(), wanted)
+    assert torch.equal(quant.w2_bias[1].float(), inputs.down_bias(1))  # type: ignore[arg-type]
