@@ -103,8 +103,8 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
         if rows.baseline is not None:
             inside = dataclasses.replace(rounding, x=None) if experts.weight_on_input else rounding
             rows.baseline[mine] = group.rows(forward(done.x, weights, activation, inside).row)
-        for expert, slots, alone in group.alone() if impostors else ():
-            bystander.see(expert, slots, alone)
+        for expert, own, alone in group.alone() if impostors else ():
+            bystander.see(expert, own, alone)
         if case.exact:
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
