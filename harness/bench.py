@@ -141,7 +141,9 @@ def crashes() -> None:
     died = 0
     with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (deadly.__name__,), Path(folder), 60) as worker:
         worker.checks, worker.budget = tier.checks, Budget(tier.replay_runs, tier.replay_s)
-        journals = [Journal(made) for made in (Path(folder) / "clean", Path(folder) / "stormy") if not made.mkdir()]
+        for name in ("clean", "stormy"):
+            (Path(folder) / name).mkdir()
+        journals = [Journal(Path(folder) / name) for name in ("clean", "stormy")]
         worker.judge(cases[0], deadly.CLEAN.name)
 
         def judged(journal: Journal, items: Iterable[tuple[str, Case]]) -> None:
@@ -153,7 +155,7 @@ def crashes() -> None:
 
         for start in range(0, STORM, 50):
             right = [(deadly.CLEAN.name, case) for case in cases[start : start + 50]]
-            mixed = [(kernels[i // EVERY % 2] if i % EVERY == EVERY - 1 else name, c) for i, (name, c) in enumerate(right)]
+            mixed = [(kernels[i // EVERY % 2] if i % EVERY == EVERY - 1 else own, c) for i, (own, c) in enumerate(right)]
             clean += timed(partial(judged, journals[0], right))
             stormy += timed(partial(judged, journals[1], mixed))
     console.print(
