@@ -82,7 +82,7 @@ def grouped(case: Case) -> str | None:
         return None
     experts = case.shape.experts
     if experts % 4 or experts // 8 > 32:
-        return f"{experts} experts: groups want a multiple of 4, at most 32 each (trtllm_fused_moe_routing_deepseek.cu)"
+        return f"{experts} experts: wants a multiple of 4, at most 32 a group (trtllm_fused_moe_routing_deepseek.cu)"
     if case.fill == "real":
         return "grouped routing rounds the bias to bf16 (trtllm_fused_moe_routing_deepseek.cu, biasVal): other experts may win"
     return None
