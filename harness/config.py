@@ -208,10 +208,13 @@ class _Issue(Strict):
     text: str = Field(min_length=4)
     expires: Annotated[date, Field(strict=True)] | None = None
     quarantine: bool = False
+    sometimes: bool = False
 
     @model_validator(mode="after")
     def for_a_time(self) -> _Issue:
         """A case that nobody launches is never seen to pass: that must end by itself, and only deaths deserve it."""
+        if self.sometimes and self.expires is None:
+            raise ValueError("sometimes: true only with expires: YYYY-MM-DD, since no pass ever says that it is gone")
         if self.quarantine and (self.expires is None or self.status not in (Status.CRASHED, Status.HUNG)):
             raise ValueError("quarantine: true only with expires: YYYY-MM-DD and status CRASHED or HUNG")
         return self

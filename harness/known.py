@@ -25,7 +25,8 @@ class Outcome(StrEnum):
 class KnownIssue:
     """One waiver. It applies to `backend` on `arch` where every axis in `match` has one of the listed values, and excuses
     exactly `status` with `text` in the verdict's reason. expires: the last day it does, None for ever; expired: that day is
-    over; quarantine: until then its cases are not launched at all."""
+    over; quarantine: until then its cases are not launched at all; sometimes: the failure hangs on what memory held, so that a
+    pass is no news."""
 
     id: str
     link: str
@@ -37,6 +38,7 @@ class KnownIssue:
     expires: date | None = None
     expired: bool = False
     quarantine: bool = False
+    sometimes: bool = False
 
     def applies(self, verdict: Verdict) -> bool:
         """Does this issue speak about that case on that subject and arch? Skipped verdicts say nothing."""
@@ -67,7 +69,8 @@ def mark(verdict: Verdict, issues: Iterable[KnownIssue]) -> Verdict:
     gone like the others when its case passes."""
     expired = []
     for issue in issues:
-        if issue.applies(verdict) and (issue.excuses(verdict) or verdict.status is Status.PASSED):
+        passed = verdict.status is Status.PASSED and not issue.sometimes
+        if issue.applies(verdict) and (issue.excuses(verdict) or passed):
             if not issue.expired or verdict.status is Status.PASSED:
                 return replace(verdict, known=issue.id)
             expired.append(Finding("known", f"known issue {issue.id} expired on {issue.expires}: {issue.link}"))

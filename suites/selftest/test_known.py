@@ -46,6 +46,13 @@ def test_a_case_that_passes_now_is_gone() -> None:
     assert judged(PASSES) is Outcome.GONE
 
 
+def test_what_fails_only_sometimes_may_pass() -> None:
+    """A kernel that reads what memory held is right now and then; its entry must end by its date instead."""
+    issue = replace(ISSUE, sometimes=True, expires=date(2027, 1, 1))
+    assert outcome(mark(PASSES, [issue])) is Outcome.GREEN
+    assert outcome(mark(FAILS, [issue])) is Outcome.KNOWN
+
+
 @pytest.mark.parametrize("status", [s for s in Status if s.failed and s is not Status.WRONG])
 def test_another_status_is_red(status: Status) -> None:
     assert judged(replace(FAILS, status=status)) is Outcome.RED
