@@ -28,7 +28,9 @@ from harness import (
     cli_list,
     cli_matrix_versions,
     cli_overlay,
+    cli_pipeline,
     cli_preflight,
+    cli_shards,
     cli_versions,
     cli_warm,
     config,
@@ -45,8 +47,9 @@ from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
 from harness.errors import MoecheckError
 from harness.plan import Plan, Request
-from harness.run import Incomplete, execute
-from harness.session import detected_platform, device_of, new_folder
+from harness.run import Incomplete, Manner, execute
+from harness.session import detected_platform, device_of
+from harness.shard import Shard
 from harness.worker.supervisor import Supervisor, WorkerBug
 
 CLEAN, KERNEL_FAILED, INCOMPLETE, USER_ERROR = 0, 1, 2, 3
@@ -65,6 +68,8 @@ app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command("bisect")(cli_bisect.command)
 app.command("overlay")(cli_overlay.command)
+app.command("merge")(cli_shards.merge_)
+app.add_typer(cli_pipeline.app, name="pipeline")
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 
@@ -77,28 +82,57 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     op: Ops = None,
     case: Cases = None,
     plugin: Plugins = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Run a plan made by `moecheck plan`.")] = None,
+    shard: Annotated[str | None, typer.Option(help="Run the I-th of N parts of the plan, e.g. 3/8.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="New run folder; default: runs/<time>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the interrupted run in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue the interrupted run in this folder; with --plan: begin there where nothing is."),
+    ] = None,
     limit: Annotated[
         float | None, typer.Option(help="Seconds a case may take; default: the tier's.", min=0.1, max=config.MAX_LIMIT_S)
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
     soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure; not for a nightly.")] = False,
 ) -> None:
     """Judge every planned case and print the table."""
-    if resume is not None:
-        if any((platform, tier, backend, op, case, plugin, out_dir, limit, soak)):
+    manner = Manner(verbose, jobs, fail_fast)
+    selected = any((platform, tier, backend, op, case, plugin, limit, soak))
+    if plan_file is not None:
+        if selected:
+            raise MoecheckError("--plan is a selection already; it takes no other")
+        the_plan = plan.load(plan_file)
+    elif resume is not None:
+        if selected or out_dir or shard:
             raise MoecheckError("--resume continues the plan in its folder; it takes no other selection")
-        folder, the_plan = resume, plan.load(resume)
+        the_plan = plan.load(resume)
     else:
         request = _request(platform, tier, backend, op, case, plugin, limit_s=limit)
         the_plan = _plan(replace(request, soak=soak))
-        folder = new_folder(out_dir)
-        the_plan.save(folder)
-    if jobs > 1 and the_plan.request.soak:
-        raise MoecheckError("--soak is one process that judges every case; it does not go with --jobs")
-    raise typer.Exit(execute(the_plan, folder, out, err, verbose, jobs))
+    manner.check(the_plan.request)
+    if plan_file is not None or resume is None:
+        part = None if shard is None else Shard.parse(shard)
+        folder = cli_shards.folder_of(the_plan, part, out_dir, resume)
+    else:
+        folder = resume
+    raise typer.Exit(execute(the_plan, folder, out, err, manner))
+
+
+@app.command("plan")
+def plan_(  # noqa: PLR0913 - typer turns parameters into options
+    output: cli_shards.Output,
+    platform: Platform = None,
+    tier: TierName = None,
+    backend: Backends = None,
+    op: Ops = None,
+    case: Cases = None,
+    plugin: Plugins = None,
+    durations: cli_shards.Durations = None,
+) -> None:
+    """Write the plan of a platform, which need not be here, for `moecheck run --plan FILE --shard I/N` on machines that are."""
+    cli_shards.save(_plan(_request(platform, tier, backend, op, case, plugin), here=False), output, durations or [], out)
 
 
 @app.command("list")

@@ -18,11 +18,12 @@ from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
 from harness.reading import parse_json, printable, regular
 from harness.select import Cover, Grid, Item, cover, grid_of, plan_backend, probes
+from harness.shard import Shard, assign, costs
 
 NAME = "plan.json"
 SCHEMA = 1
 MAX_BYTES = 1 << 28  # 150 bytes an item: more than a million of them
-HINT = "give a folder made by moecheck run"
+HINT = "give a folder made by moecheck run, or a file made by moecheck plan"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Request:
 @dataclass(frozen=True)
 class Plan:
     """A request and the items it means. checks: relations asked of each case, None for all that apply; repeats: bare calls
-    at the end of each; replay: (fresh children, seconds) that the explanation of one death may cost."""
+    at the end of each; replay: (fresh children, seconds) that the explanation of one death may cost; seconds: what each item
+    is expected to take, by which shards are balanced; () for a run that nobody planned to share."""
 
     request: Request
     limit_s: float
@@ -51,22 +53,35 @@ class Plan:
     checks: int | None = None
     repeats: int = 0
     replay: tuple[int, float] = (0, 0.0)
+    seconds: tuple[float, ...] = ()
 
     @property
     def digest(self) -> str:
         """Identifies the plan: two runs can share a folder only if theirs are equal."""
         return digest_of([asdict(item) for item in self.items])
 
+    def share(self, shard: Shard | None) -> Plan:
+        """The plan of a shard's items alone; the whole for None."""
+        if shard is None:
+            return self
+        seconds = self.seconds or costs(self.items, {})
+        return replace(self, items=assign(self.items, seconds, shard.count)[shard.index - 1], seconds=())
+
     def save(self, folder: Path) -> None:
         """Write plan.json into the run folder."""
+        self.write(folder / NAME)
+
+    def write(self, path: Path) -> None:
+        """Write the plan's file."""
         data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "checks": self.checks}
         data |= {"repeats": self.repeats, "replay": self.replay}
         data["request"] = asdict(self.request)
-        lines = [json.dumps(asdict(item)) for item in self.items]
+        times = [{"seconds": s} for s in self.seconds] or [{}] * len(self.items)
+        lines = [json.dumps(asdict(item) | time) for item, time in zip(self.items, times, strict=True)]
         text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        temporary = folder / f".{NAME}"
+        temporary = path.with_name(f".{path.name}")
         temporary.write_text(text)
-        temporary.replace(folder / NAME)  # whole or not there: a kill must not leave half a plan
+        temporary.replace(path)  # whole or not there: a kill must not leave half a plan
 
 
 def digest_of(items: object) -> str:
@@ -74,9 +89,9 @@ def digest_of(items: object) -> str:
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
-def load(folder: Path) -> Plan:
-    """The plan of a run folder; RunFolderError if there is none or it is not ours."""
-    path = folder / NAME
+def load(place: Path) -> Plan:
+    """The plan of a run folder, or of a plan's file; RunFolderError if there is none or it is not ours."""
+    path = place if place.is_file() else place / NAME
     try:
         data = parse_json(regular(path, MAX_BYTES))
         if data["schema"] != SCHEMA:
@@ -95,9 +110,12 @@ def load(folder: Path) -> Plan:
 
 def _plan(data: dict[str, Any]) -> Plan:
     """ValueError, KeyError or TypeError for a key too many, too few, or of another type."""
+    seconds = tuple(item.pop("seconds") for item in data["items"] if "seconds" in item)
     items = tuple(Item(**item) for item in data["items"])
-    plan = Plan(Request(**data["request"]), data["limit_s"], items, data["checks"], data["repeats"], data["replay"])
-    plan = TypeAdapter(Plan).validate_python(asdict(plan))
+    settings = (data["limit_s"], items, data["checks"], data["repeats"], data["replay"], seconds)
+    plan = TypeAdapter(Plan).validate_python(asdict(Plan(Request(**data["request"]), *settings)))
+    if seconds and (len(seconds) < len(items) or min(plan.seconds) < 0):
+        raise ValueError(f"{len(seconds)} of {len(items)} items with seconds, the least {min(plan.seconds)}")
     if not 0 < plan.limit_s <= config.MAX_LIMIT_S or (plan.checks or 0) < 0 or not plan.items:
         raise ValueError(f"limit_s {plan.limit_s}, checks {plan.checks}, {len(plan.items)} items")
     return plan

@@ -16,7 +16,7 @@ from harness.backends import discover
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
 from harness.select import Item
-from harness.session import Session, detected_platform, device_of
+from harness.session import Session, detected_platform, device_of, shard_of
 from harness.verdict import Verdict
 
 _SESSION = pytest.StashKey[Session]()
@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _make_session(config: pytest.Config) -> Session:
     option, given = config.getoption, distributed.worker_input(config)
     if run_dir := option("--run-dir"):
-        folder, the_plan = Path(run_dir), plan.load(Path(run_dir))
+        folder = Path(run_dir)
+        the_plan = plan.load(folder).share(shard_of(folder))
         _take_device(config, given, the_plan.request.platform)
         return Session(the_plan, folder, None if given is None else distributed.joined(given, folder))
     request = plan.Request(

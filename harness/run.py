@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,23 +12,25 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness import config, journal, pooled, run_info, sanitized
+from harness import journal, pooled, run_info, sanitized
 from harness.backends import discover
 from harness.case import Case
-from harness.errors import MoecheckError
+from harness.errors import MoecheckError, PluginError
 from harness.executed import Reach, Ways, ran
 from harness.known import Outcome, outcome
-from harness.plan import Plan
+from harness.plan import Plan, Request
 from harness.plan import grid as grid_of
 from harness.report import coverage, junit, markdown
 from harness.report.table import summary
 from harness.report.text import explain, line
+from harness.session import shard_of
 
 if TYPE_CHECKING:
     from harness.verdict import Verdict
 
 SUITES = Path(__file__).resolve().parent.parent / "suites"
 SHOWN_FAILURES = 20
+NIGHTLY = "nightly"  # the tier that is there to judge everything
 STRENGTHS = (2, 3)  # pairs and triples: what the tiers promise
 
 
@@ -74,58 +77,96 @@ class _Watcher:
             self.errors.append(report.longreprtext)
 
 
-def execute(plan: Plan, folder: Path, out: Console, err: Console, verbose: bool, jobs: int = 1) -> int:
-    """Run what is left of `plan`, print the report, return the exit code (0, 1 or 3); Incomplete if cases are missing. jobs:
-    pytest processes (pytest-xdist) that share it."""
-    done = len(journal.read(folder))
+@dataclass(frozen=True)
+class Manner:
+    """How a plan is run. verbose: a line per verdict; jobs: pytest processes (pytest-xdist) that share it; fail_fast: stop at
+    the first failure."""
+
+    verbose: bool = False
+    jobs: int = 1
+    fail_fast: bool = False
+
+    def check(self, request: Request) -> None:
+        """MoecheckError for a plan that is not to be run like this."""
+        if self.jobs > 1 and request.soak:
+            raise MoecheckError("--soak is one process that judges every case; it does not go with --jobs")
+        if self.fail_fast and request.tier == NIGHTLY:
+            raise MoecheckError(
+                f"--fail-fast leaves the cases after the first failure unjudged; tier {NIGHTLY} is there to judge all: drop one"
+            )
+
+
+def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner) -> int:
+    """Run what is left in `folder` of `plan`, or of the shard that it is; print the report, return the exit code (0, 1 or 3);
+    Incomplete if cases are missing."""
+    shard = shard_of(folder)
+    mine = plan.share(shard)
+    if not mine.items:
+        out.print(f"shard {shard} is empty: the plan has {len(plan.items)} items", markup=False)
+    before = journal.read(folder)
     started = time.monotonic()
-    info = run_info.read(folder) or run_info.RunInfo(
-        run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
-    )
-    run_info.write(folder, info)
-    watcher = _Watcher(len(plan.items), done, err if err.is_terminal else out, verbose)
-    arguments = [
-        str(SUITES / "layer"),
-        str(SUITES / "ops"),
-        "--run-dir",
-        str(folder),
-        "-p",
-        "no:terminal",
-        "-p",
-        "no:cacheprovider",
-        "-s",
-    ]
-    arguments += ["--assert=plain", "--maxfail=0"]  # nothing to rewrite; PYTEST_ADDOPTS=-x must not end the run
-    arguments += ["-W", "default"]  # a foreign plugin's warning (pytest-benchmark under xdist) must not either
-    arguments += [] if jobs == 1 else ["-n", str(jobs)]
-    code = pytest.main(arguments, plugins=[watcher])
+    watcher = _Watcher(len(mine.items), len(before), err if err.is_terminal else out, manner.verbose)
+    stop = not mine.items or (manner.fail_fast and any(map(_red, before)))
+    code = pytest.ExitCode.OK if stop else pytest.main(_arguments(folder, manner), plugins=[watcher])
     if watcher.stopped:
         raise MoecheckError(watcher.stopped)
     if code == pytest.ExitCode.USAGE_ERROR:  # pytest has said why
         return 3
     verdicts = journal.read(folder)
-    run_info.write(folder, info.stopped(time.monotonic() - started, whole=len(verdicts) == len(plan.items)))
-    junit.write(folder / "junit.xml", plan.items, verdicts)
-    reached = _reached(plan, verdicts)
-    coverage.write(folder / "coverage.json", reached)
-    markdown.write(folder / "summary.md", verdicts, reached)
-    _report(verdicts, reached, folder, out)
-    missing = len(plan.items) - len(verdicts)
+    missing = len(mine.items) - len(verdicts)
+    info = run_info.read(folder) or run_info.RunInfo(
+        run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
+    )  # a folder of an older release
+    run_info.write(folder, info.stopped(time.monotonic() - started, whole=not missing))
+    publish(mine, verdicts, folder, out)
     if watcher.errors:
         err.print("moecheck itself failed:\n" + watcher.errors[0], markup=False, style="red")
         return 3
     if code in (3, pytest.ExitCode.INTERNAL_ERROR):
         return 3
+    if missing and manner.fail_fast and any(map(_red, verdicts)):
+        out.print(f"stopped at the first failure (--fail-fast): {missing} of {len(mine.items)} cases have no verdict")
+        return 1
     if missing:
-        raise Incomplete(f"{missing} of {len(plan.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
-    verdicts += sanitized.sweep(plan, folder, config.tier(plan.request.tier).sanitizer, out)
-    red = any(outcome(v) in (Outcome.RED, Outcome.GONE) for v in verdicts)
-    return 1 if red or pooled.alarms(verdicts) else 0
+        raise Incomplete(f"{missing} of {len(mine.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
+    tools = sanitized.tools_of(plan.request.tier, shard)
+    return exit_code(verdicts + sanitized.sweep(plan, folder, tools, out))
+
+
+def _arguments(folder: Path, manner: Manner) -> list[str]:
+    """Of pytest, which judges what has no verdict yet in `folder`."""
+    suites = [str(SUITES / "layer"), str(SUITES / "ops")]
+    quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
+    quiet += ["--assert=plain"]  # nothing to rewrite
+    quiet += [f"--maxfail={int(manner.fail_fast)}"]  # 0: PYTEST_ADDOPTS=-x must not end the run
+    quiet += ["-W", "default"]  # a foreign plugin's warning (pytest-benchmark under xdist) must not either
+    return [*suites, "--run-dir", str(folder), *quiet, *([] if manner.jobs == 1 else ["-n", str(manner.jobs)])]
+
+
+def publish(plan: Plan, verdicts: list[Verdict], folder: Path, out: Console) -> None:
+    """What people and CI read of a run: junit.xml, coverage.json, summary.md, and the report on `out`."""
+    junit.write(folder / "junit.xml", plan.items, verdicts)
+    reached = _reached(plan, verdicts)
+    coverage.write(folder / "coverage.json", reached)
+    markdown.write(folder / "summary.md", verdicts, reached)
+    _report(verdicts, reached, folder, out)
+
+
+def exit_code(verdicts: list[Verdict]) -> int:
+    """0 or 1, of a complete run."""
+    return int(any(map(_red, verdicts)) or bool(pooled.alarms(verdicts)))
+
+
+def _red(verdict: Verdict) -> bool:
+    return outcome(verdict) in (Outcome.RED, Outcome.GONE)
 
 
 def _reached(plan: Plan, verdicts: list[Verdict]) -> dict[str, list[Ways]]:
     """Backend -> the pairs and triples of its grid that verdicts of this run really executed."""
-    backends = discover(plan.request.plugins)
+    try:
+        backends = discover(plan.request.plugins)
+    except PluginError:  # joined on a machine that has not run it
+        backends = discover(())
     found = {}
     for name in sorted({item.subject for item in plan.items} & set(backends)):
         if grid := grid_of(plan.request, backends[name]):

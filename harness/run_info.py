@@ -49,6 +49,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def timestamp(text: str) -> float:
+    """Seconds since 1970 of such a time; one without an offset is UTC."""
+    when = datetime.fromisoformat(text)
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+
+
 def revision() -> str:
     """The commit this moecheck was checked out at, with + where files differ from it; "" where git cannot say."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

@@ -5,6 +5,7 @@ A kernel that reads beyond its buffer and throws the value away passes every com
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,18 +20,13 @@ from harness.plan import Plan
 from harness.report.text import line
 from harness.select import Item
 from harness.session import device_of
+from harness.shard import Shard, size
 from harness.verdict import Status, Verdict
 from harness.worker import sanitizer
 from harness.worker.sanitizer_report import SanitizerError
 
 FOLDER = "sanitizer"
 LIMIT_S = 300.0  # of one case: memcheck slows a kernel down 10 to 100 times (Compute Sanitizer manual), the import not
-
-
-def size(case: Case) -> int:
-    """Elements that a case touches, about."""
-    shape = case.shape
-    return shape.hidden * shape.inter * shape.experts + shape.tokens * shape.top_k * (shape.hidden + shape.inter)
 
 
 def subset(verdicts: Iterable[Verdict], count: int) -> list[Item]:
@@ -45,6 +41,20 @@ def subset(verdicts: Iterable[Verdict], count: int) -> list[Item]:
         cases = [(rank, size(c), c.id) for group in by_recipe.values() for rank, c in enumerate(sorted(group, key=size))]
         chosen += [Item(case_id, subject) for _, _, case_id in sorted(cases)[:count]]
     return chosen
+
+
+def tools_of(tier: str, shard: Shard | None) -> dict[str, int]:
+    """Tool -> cases of each subject that a tier wants under it; of a shard its part, rounded up."""
+    tools, parts = config.tier(tier).sanitizer, 1 if shard is None else shard.count
+    return {tool: math.ceil(count / parts) for tool, count in tools.items()}
+
+
+def owed(plan: Plan, shard: Shard | None, verdicts: Iterable[Verdict]) -> dict[str, list[Item]]:
+    """Tool -> what is to be judged under it of a run or shard with these verdicts; nothing where no kernel runs on a GPU."""
+    if config.platform(plan.request.platform).device != "cuda":
+        return {}
+    found = list(verdicts)
+    return {tool: subset(found, count) for tool, count in tools_of(plan.request.tier, shard).items()}
 
 
 def sweep(plan: Plan, folder: Path, tools: Mapping[str, int], out: Console) -> list[Verdict]:

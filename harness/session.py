@@ -6,15 +6,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import config, plan
+from harness import config, plan, run_info
 from harness.backends.base import Device, Support
 from harness.case import Case
 from harness.device import detect
-from harness.errors import MoecheckError, RunFolderError, UnknownName
+from harness.errors import MoecheckError, RunFolderError, SelectionError, UnknownName
 from harness.journal import Journal
 from harness.known import mark
 from harness.plan import Plan
 from harness.select import Item
+from harness.shard import Shard
 from harness.verdict import Verdict
 from harness.versions import observed
 from harness.worker.replay import Budget
@@ -57,6 +58,27 @@ def new_folder(out: Path | None) -> Path:
     except OSError as error:
         raise RunFolderError(f"--out {folder}: cannot be written: {error.strerror}; choose another folder") from error
     return folder
+
+
+def begin(the_plan: Plan, folder: Path, shard: Shard | None = None) -> None:
+    """Make `folder` the run of a plan or of one shard of it. The plan comes last: a folder that has one says what part of it
+    is its own."""
+    asked = the_plan.request
+    part = None if shard is None else (shard.index, shard.count)
+    info = run_info.RunInfo(
+        run_info.now(), asked.platform, asked.tier, the_plan.digest, shard=part, revision=run_info.revision()
+    )
+    run_info.write(folder, info)
+    the_plan.save(folder)
+
+
+def shard_of(folder: Path) -> Shard | None:
+    """The shard that a run folder is; None for a whole run. RunFolderError for one that cannot be."""
+    info = run_info.read(folder)
+    try:
+        return None if info is None or info.shard is None else Shard(*info.shard)
+    except SelectionError as error:
+        raise RunFolderError(f"{folder / run_info.NAME}: {error}; give a folder made by moecheck run") from error
 
 
 class Session:

@@ -32,6 +32,12 @@ def discover(plugins: Iterable[str] = ()) -> dict[str, Backend]:
     return found
 
 
+def files(plugins: Iterable[str] = ()) -> dict[str, Path]:
+    """Backend -> the file that declares it."""
+    modules = [(origin, module) for origin, module in _modules(plugins) if module.__file__]
+    return {b.name: Path(str(module.__file__)) for origin, module in modules for b in with_twins(_declared(origin, module))}
+
+
 def with_twins(declared: Iterable[Backend]) -> Iterable[Backend]:
     """Each backend, and after one that is `twinned` the same adapter over its library's twin, a subject on the CPU."""
     for backend in declared:

@@ -46,6 +46,7 @@ CORE = (
     "relations",
     "returned",
     "select",
+    "shard",
     "shrink",
     "space",
     "steady",
