@@ -28,6 +28,7 @@ from harness import (
     cli_list,
     cli_matrix_versions,
     cli_overlay,
+    cli_parallel,
     cli_pipeline,
     cli_preflight,
     cli_shards,
@@ -68,6 +69,7 @@ app.command("load")(cli_bundle.load)
 app.add_typer(cli_versions.app, name="contracts")
 app.command("bisect")(cli_bisect.command)
 app.command("overlay")(cli_overlay.command)
+app.command("parallel")(cli_parallel.command)
 app.command("merge")(cli_shards.merge_)
 app.add_typer(cli_pipeline.app, name="pipeline")
 app.command("preflight")(cli_preflight.command)
