@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harness import journal, plan, run_info
+from harness import config, journal, plan, run_info
 from harness.backends import discover
+from harness.case import Case
 from harness.cli_options import Backends, Cases, Platform, Plugins
 from harness.errors import MoecheckError, SelectionError
 from harness.journal import Journal
@@ -85,12 +86,12 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
 def _plan(request: Request, ranks: int) -> Plan:
     """The plan of several ranks; named cases are judged as they are."""
     backends = chosen(request.backends, discover(request.plugins))
-    device = plan.device_named(plan.config.platform(request.platform))
+    device = plan.device_named(config.platform(request.platform))
     usable = [b for b in backends if cases.refuses(b) is None]
     if request.backends and not usable:
         raise SelectionError(f"{backends[0].name}: {cases.refuses(backends[0])}; choose another backend")
     named = [c for c in request.cases if "*" not in c]
-    items = [Item(c, cases.name_of(b.name, ranks)) for c in named for b in usable if plan.Case.parse(c)]
+    items = [Item(c, cases.name_of(b.name, ranks)) for c in named for b in usable if Case.parse(c)]
     if len(named) < len(request.cases) or not request.cases:
         found = cases.plan(usable, device, ranks, request.tier)
         items += [i for i in found if not request.cases or any(fnmatchcase(i.case_id, c) for c in request.cases)]

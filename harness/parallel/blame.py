@@ -20,6 +20,8 @@ STAGES = ("start", "inputs", "dispatch", "prepare", "launch", "return", "combine
 EXCHANGES = ("dispatch", "return")
 Splits = tuple[tuple[int, ...], tuple[int, ...]]  # packets that a rank sends to each rank, and receives from each
 
+Due = Mapping[str, Sequence[Splits]]  # exchange -> the splits of each rank that the routing asks for
+
 
 @dataclass
 class Answer:
@@ -71,10 +73,8 @@ class Answer:
             self.reply = message
 
 
-def verdict(
-    case: Case, subject: str, answers: Sequence[Answer], limit_s: float, due: Mapping[str, Sequence[Splits]]
-) -> Verdict:
-    """Of a case that did not come to an end. due: exchange -> the splits of each rank that the routing asks for."""
+def verdict(case: Case, subject: str, answers: Sequence[Answer], limit_s: float, due: Due) -> Verdict:
+    """Of a case that did not come to an end."""
     first, ranks = min((a for a in answers if a.bad), key=_guilt), len(answers)
     status, how, evidence = _how(first, limit_s)
     others = {str(a.rank): _state(a) for a in answers if a is not first}
@@ -92,7 +92,7 @@ def _guilt(answer: Answer) -> tuple[bool, bool, float]:
     return answer.victim, not answer.over, answer.at if answer.over else STAGES.index(answer.stage)
 
 
-def misrouted(answers: Sequence[Answer], due: Mapping[str, Sequence[Splits]]) -> tuple[str, int, str] | None:
+def misrouted(answers: Sequence[Answer], due: Due) -> tuple[str, int, str] | None:
     """(text, rank, exchange) of the first rank that moves other numbers of rows than the routing says."""
     for exchange in EXCHANGES:
         for answer in answers:

@@ -1,4 +1,4 @@
-"""All ranks of a group under one clock. When one dies or falls silent the whole group is killed, and the next case gets another."""
+"""All ranks of a group under one clock. When one dies or falls silent the group is killed; the next case gets another."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from harness.worker.protocol import CorruptedReply, Message
 from harness.worker.supervisor import LEAVE_S, WorkerBug
 
 SETTLE_S = 0.5  # after the first bad news: a dead rank's neighbours may be heard first
-START_LIMIT_S = (
-    180.0  # ranks of a cold fork server import torch, then NCCL connects: 20 s on two GPUs, more on a loaded machine
-)
+START_LIMIT_S = 180.0  # a cold fork server imports torch (3..6 s, more on a loaded machine), then the ranks meet
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,15 @@ from torch import Tensor
 
 from harness.parallel.placement import Placement
 
+Message = dict[str, object]
+Splits = tuple[list[int], list[int]]
+
 
 @dataclass
 class Wire:
     """all-to-all between the ranks. tell(message): to the supervisor, before and after each wait for the other ranks."""
 
-    tell: Callable[[dict[str, Any]], None]
+    tell: Callable[[Message], None]
     device: torch.device
 
     def counts(self, stage: str, send: Tensor) -> Tensor:
@@ -37,9 +39,7 @@ class Wire:
         self._wait(stage, _bytes(found), _bytes(rows.contiguous()), (list(receive), list(send)), told)
         return found
 
-    def _wait(
-        self, stage: str, to: Tensor, data: Tensor, splits: tuple[list[int], list[int]] | None, told: dict[str, Any]
-    ) -> None:
+    def _wait(self, stage: str, to: Tensor, data: Tensor, splits: Splits | None, told: Message) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a kernel's hang or error is not the wire's
         self.tell({"stage": stage, "waits": True, **told})
@@ -56,8 +56,9 @@ def _bytes(rows: Tensor) -> Tensor:
 
 @dataclass
 class Sent:
-    """What a rank sent, in the order of its packets: token int64 [n], counted from its own first; column int64 [n]: the slot, or
-    the rank it went to; weights float32 [n], what a row is worth at home; send and receive: packets to and from each rank."""
+    """What a rank sent, in the order of its packets: token int64 [n], counted from its own first; column int64 [n]: the
+    slot, or the rank it went to; weights float32 [n], what a row is worth at home; send, receive: packets to and from each
+    rank."""
 
     token: Tensor
     column: Tensor
@@ -82,7 +83,7 @@ class Host:
         self.wire, self.placement, self.rank = wire, placement, rank
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Received, Sent]:
-        """x [tokens, hidden], ids and weights [tokens, top_k] of this rank's tokens -> what this rank received, and what it sent."""
+        """x [tokens, hidden], ids and weights [tokens, top_k] of this rank's tokens -> what it received, and what it sent."""
         target = self._ranks_of(ids)
         packets = [self._packets(target, rank) for rank in range(self.placement.ranks)]
         token, column = (torch.cat([packet[i] for packet in packets]) for i in (0, 1))

@@ -49,7 +49,8 @@ class Layer:
         for rank, trace in enumerate(traces):
             wanted = (len(place.tokens_of(rank)), case.shape.hidden), promised(case)[1]
             if (tuple(trace["out"].shape), trace["out"].dtype) != wanted:
-                text = f"rank {rank}, during combine: {trace['out'].dtype} {tuple(trace['out'].shape)}, wanted {wanted[1]} {wanted[0]}"
+                got = f"{trace['out'].dtype} {tuple(trace['out'].shape)}"
+                text = f"rank {rank}, during combine: {got}, wanted {wanted[1]} {wanted[0]}"
                 return self._verdict(Status.MALFORMED, text, (_finding(rank, "combine", text),))
         output = torch.cat([trace["out"] for trace in traces])
         comparison = compare(self.expected, output)
@@ -78,7 +79,8 @@ class Layer:
                 if same(wanted, trace[name]):
                     continue
                 source, bad = self._source(rank, wanted, trace[name])
-                text = f"rank {source}, during dispatch: {bad} rows of {name} that it sent to rank {rank} are not those of the tokens"
+                what = f"{bad} rows of {name} that it sent to rank {rank} are not those of the tokens"
+                text = f"rank {source}, during dispatch: {what}"
                 return _finding(source, "dispatch", text)
         return None
 
@@ -133,9 +135,8 @@ class Layer:
             twice = answers.contributions(trace["returned"], packets, weights.square(), len(tokens)).sum(0)
             guesses = {f"the results of rank {r} are missing": added.sum(0) - added[r] for r in range(place.ranks)}
             guesses |= {"the routing weights are applied twice": twice} if place.slots else {}
-            said = next(
-                (what for what, guess in guesses.items() if _alike(guess, trace["out"])), "its sum is not that of the rows"
-            )
+            fitting = [what for what, guess in guesses.items() if _alike(guess, trace["out"])]
+            said = fitting[0] if fitting else "its sum is not that of the rows that came back"
             return _finding(home, "combine", f"rank {home}, during combine: {said}")
         return None
 

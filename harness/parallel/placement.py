@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Placement:
     """`tokens` and `experts` of a layer over `ranks`. slots: a packet is one slot of a token (its row and one expert), and the
-    routing weights are applied at home; else it is a token with all its slots, once to every rank that holds one of its experts."""
+    routing weights are applied at home; else it is a token with all its slots, once to every rank with one of its experts."""
 
     ranks: int
     tokens: int

@@ -75,7 +75,9 @@ class Ranks:
         setup = self._group.setup
         environment = {"ranks": str(ranks), "transport": setup.transport, "host": setup.host, **environment}
         seconds = round(time.perf_counter() - started, 4)
-        return mark(replace(verdict, environment=environment, seconds=seconds, plugins=setup.plugins), self._known)
+        verdict = replace(verdict, environment=environment, seconds=seconds, plugins=setup.plugins)
+        alone = mark(replace(verdict, subject=name), self._known)  # on one rank; on several the same issue need not show
+        return replace(verdict, known=alone.known) if verdict.status.failed else verdict
 
     def _probed(self, name: str) -> tuple[Support, dict[str, str]]:
         """Can the backend run on every rank, and what it runs in."""
