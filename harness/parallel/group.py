@@ -29,6 +29,7 @@ class Group:
 
     setup: RankSetup
     logs: Path
+    limit_s: float
     _children: list[Child] = field(default_factory=list)
     _started: int = 0
     _meeting: tempfile.TemporaryDirectory[str] | None = None
@@ -41,7 +42,7 @@ class Group:
         for child, request in zip(self._children, requests, strict=True):
             with suppress(OSError):  # it is found dead below
                 child.channel.send(request)
-        answers = self._listen(time.monotonic() + self.setup.limit_s, marks)
+        answers = self._listen(time.monotonic() + self.limit_s, marks)
         if any(answer.reply is None for answer in answers):
             self.kill()
         return answers

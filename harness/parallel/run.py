@@ -51,14 +51,14 @@ class Ranks:
         self._scratch = tempfile.TemporaryDirectory(prefix="moecheck-")
         folder = Path(self._scratch.name)
         setup = RankSetup(here, plugins, "", ranks=ranks, transport=transport_of(here, None, ranks), host=host, limit_s=limit_s)
-        self._group = Group(setup, folder)
+        self.group = Group(setup, folder, limit_s)
         self._known, self._facts = config.known_issues(), dict[str, tuple[Support, dict[str, str]]]()
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._group.close()
+        self.group.close()
         self._scratch.cleanup()
 
     def judge(self, item: Item) -> Verdict:
@@ -72,17 +72,22 @@ class Ranks:
             verdict = self._judged(Case.parse(item.case_id), item.subject, backend)
         else:
             verdict = Verdict(item.case_id, item.subject, Status.UNAVAILABLE, Stage.SUPPORT, support.reason)
-        setup = self._group.setup
+        setup = self.group.setup
         environment = {"ranks": str(ranks), "transport": setup.transport, "host": setup.host, **environment}
         seconds = round(time.perf_counter() - started, 4)
         verdict = replace(verdict, environment=environment, seconds=seconds, plugins=setup.plugins)
-        alone = mark(replace(verdict, subject=name), self._known)  # on one rank; on several the same issue need not show
-        return replace(verdict, known=alone.known) if verdict.status.failed else verdict
+        return self._excused(verdict, name)
+
+    def _excused(self, verdict: Verdict, name: str) -> Verdict:
+        """With the kernel's known issue, where a rank's kernel is what failed; on several ranks the issue need not show."""
+        if any(finding.evidence.get("during") == "launch" for finding in verdict.findings):
+            return replace(verdict, known=mark(replace(verdict, subject=name), self._known).known)
+        return verdict
 
     def _probed(self, name: str) -> tuple[Support, dict[str, str]]:
         """Can the backend run on every rank, and what it runs in."""
         if name not in self._facts:
-            answers = self._group.ask([{"probe": name}] * self.ranks)
+            answers = self.group.ask([{"probe": name}] * self.ranks)
             replies = [answer.reply for answer in answers]
             found = [Support(**r["support"]) if r else Support.no("library", "its probe died") for r in replies]
             worst = next((support for support in found if not support.ok), found[0])
@@ -102,7 +107,7 @@ class Ranks:
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
             paths = [Path(folder) / f"rank{rank}.safetensors" for rank in range(self.ranks)]
             request = {"judge": case.id, "subject": backend.name, "calls": calls}
-            answers = self._group.ask([{**request, "trace": str(path)} for path in paths])
+            answers = self.group.ask([{**request, "trace": str(path)} for path in paths])
             for answer in answers:
                 if answer.reply is not None and "user_error" in answer.reply:
                     raise MoecheckError(str(answer.reply["user_error"]))
