@@ -32,6 +32,7 @@ from harness import (
     cli_list,
     cli_matrix_versions,
     cli_overlay,
+    cli_parallel,
     cli_pipeline,
     cli_preflight,
     cli_report,
@@ -46,7 +47,7 @@ from harness.backends import discover
 from harness.backends.base import Backend
 from harness.cli_dump import import_dump
 from harness.cli_faults import faults
-from harness.cli_options import Backends, Cases, Ops, Platform, Plugins, TierName
+from harness.cli_options import Backends, Cases, Executor, Ops, Platform, Plugins, TierName
 from harness.cli_repro import repro
 from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
@@ -79,6 +80,7 @@ app.command("overlay")(cli_overlay.command)
 app.command("merge")(cli_shards.merge_)
 app.add_typer(cli_pipeline.app, name="pipeline")
 app.add_typer(cli_latency.app, name="latency")
+app.command("parallel")(cli_parallel.command)
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
 app.command("report")(cli_report.command)
@@ -104,14 +106,16 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per verdict.")] = False,
     soak: Annotated[bool, typer.Option("--soak", help="All cases in one process that is never recycled.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = 1,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = None,
+    executor: Executor = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure; not for a nightly.")] = False,
     latency: Annotated[
         bool, typer.Option("--latency", help="Afterwards, time what passed: production cases, or --case.")
     ] = False,
 ) -> None:
     """Judge every planned case and print the table."""
-    manner = Manner(verbose, jobs, fail_fast)
+    ray = executor == "ray"
+    manner = Manner(verbose, jobs, fail_fast, ray)
     selected = any((platform, tier, backend, op, case, plugin, limit, soak))
     if plan_file is not None:
         if selected:
@@ -123,10 +127,12 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
         the_plan = plan.load(resume)
     else:
         request = _request(platform, tier, backend, op, case, plugin, limit_s=limit)
-        the_plan = _plan(replace(request, soak=soak))
+        the_plan = _plan(replace(request, soak=soak), here=not ray)
     manner.check(the_plan.request)
     if plan_file is not None or resume is None:
         part = None if shard is None else Shard.parse(shard)
+        if not ray:
+            device_of(the_plan.request.platform)  # refused before anything is written
         folder = cli_shards.folder_of(the_plan, part, out_dir, resume)
     else:
         folder = resume

@@ -22,6 +22,16 @@ Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", callback=absolute, help="Python file or module that defines BACKENDS or FAULTS; repeatable."),
 ]
+
+
+def executor(name: str | None) -> str | None:
+    """local, which is the default, or ray."""
+    if name not in (None, "local", "ray"):
+        raise typer.BadParameter(f"{name!r}: there is no such executor; wanted local or ray")
+    return name
+
+
+Executor = Annotated[str | None, typer.Option(callback=executor, help="local, or ray: the devices of a Ray cluster.")]
 Wheelhouse = Annotated[Path | None, typer.Option(help="Folder of wheels: nothing is fetched from an index.")]
 Index = Annotated[str, typer.Option(help="Package index.", envvar="UV_DEFAULT_INDEX")]
 Allow = Annotated[list[str] | None, typer.Option(help="torch or triton: an overlay may replace it; repeatable.")]

@@ -15,7 +15,7 @@ from harness import durations, journal, merge, plan, run_info
 from harness.errors import RunFolderError
 from harness.plan import Plan
 from harness.run import Incomplete
-from harness.session import begin, device_of, new_folder, shard_of
+from harness.session import begin, new_folder, shard_of
 from harness.shard import Shard, costs
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="The plan's file.")]
@@ -46,7 +46,6 @@ def save(the_plan: Plan, path: Path, places: list[Path], out: Console) -> None:
 
 def folder_of(the_plan: Plan, shard: Shard | None, out_dir: Path | None, resume: Path | None) -> Path:
     """The run folder of this shard of this plan, made where it is not there; RunFolderError if it belongs to another."""
-    device_of(the_plan.request.platform)  # refused before anything is written
     if resume is not None and out_dir is not None:
         raise RunFolderError(f"--out {out_dir} --resume {resume}: one folder is wanted; --resume alone begins where nothing is")
     if resume is not None and (resume / plan.NAME).exists():

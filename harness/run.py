@@ -79,17 +79,19 @@ class _Watcher:
 
 @dataclass(frozen=True)
 class Manner:
-    """How a plan is run. verbose: a line per verdict; jobs: pytest processes (pytest-xdist) that share it; fail_fast: stop at
-    the first failure."""
+    """How a plan is run. verbose: a line per verdict; jobs: pytest processes (pytest-xdist) that share it, None for one, or for
+    a cluster's every device; fail_fast: stop at the first failure; ray: on the devices of a Ray cluster."""
 
     verbose: bool = False
-    jobs: int = 1
+    jobs: int | None = None
     fail_fast: bool = False
+    ray: bool = False
 
     def check(self, request: Request) -> None:
         """MoecheckError for a plan that is not to be run like this."""
-        if self.jobs > 1 and request.soak:
-            raise MoecheckError("--soak is one process that judges every case; it does not go with --jobs")
+        if ((self.jobs or 1) > 1 or self.ray) and request.soak:
+            option = "--executor ray" if self.ray else "--jobs"
+            raise MoecheckError(f"--soak is one process that judges every case; it does not go with {option}")
         if self.fail_fast and request.tier == NIGHTLY:
             raise MoecheckError(
                 f"--fail-fast leaves the cases after the first failure unjudged; tier {NIGHTLY} is there to judge all: drop one"
@@ -107,7 +109,11 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
     started = time.monotonic()
     watcher = _Watcher(len(mine.items), len(before), err if err.is_terminal else out, manner.verbose)
     stop = not mine.items or (manner.fail_fast and any(map(_red, before)))
-    code = pytest.ExitCode.OK if stop else pytest.main(_arguments(folder, manner), plugins=[watcher])
+    code: int = pytest.ExitCode.OK
+    if not stop and manner.ray:
+        _on_cluster(mine, folder, manner, watcher)
+    elif not stop:
+        code = pytest.main(_arguments(folder, manner), plugins=[watcher])
     if watcher.stopped:
         raise MoecheckError(watcher.stopped)
     if code == pytest.ExitCode.USAGE_ERROR:  # pytest has said why
@@ -133,6 +139,25 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
     return exit_code(verdicts + sanitized.sweep(plan, folder, tools, out))
 
 
+def _on_cluster(plan: Plan, folder: Path, manner: Manner, watcher: _Watcher) -> None:
+    """Judge what is left of a plan on a Ray cluster, into the one journal."""
+    from harness.executor.on_ray import cluster
+
+    record = journal.Journal(folder)
+    try:
+        todo = [item for item in plan.items if item not in record.done]
+        with cluster(plan, todo, manner.jobs) as devices:
+            watcher.pytest_sessionstart()
+            for verdict in devices.verdicts():
+                record.append(verdict)
+                watcher.pytest_moecheck_verdict(verdict)
+                if manner.fail_fast and _red(verdict):
+                    break
+    finally:
+        watcher.pytest_sessionfinish()
+        record.close()
+
+
 def _arguments(folder: Path, manner: Manner) -> list[str]:
     """Of pytest, which judges what has no verdict yet in `folder`."""
     suites = [str(SUITES / "layer"), str(SUITES / "ops")]
@@ -140,7 +165,7 @@ def _arguments(folder: Path, manner: Manner) -> list[str]:
     quiet += ["--assert=plain"]  # nothing to rewrite
     quiet += [f"--maxfail={int(manner.fail_fast)}"]  # 0: PYTEST_ADDOPTS=-x must not end the run
     quiet += ["-W", "default"]  # a foreign plugin's warning (pytest-benchmark under xdist) must not either
-    return [*suites, "--run-dir", str(folder), *quiet, *([] if manner.jobs == 1 else ["-n", str(manner.jobs)])]
+    return [*suites, "--run-dir", str(folder), *quiet, *([] if (manner.jobs or 1) == 1 else ["-n", str(manner.jobs)])]
 
 
 def publish(plan: Plan, verdicts: list[Verdict], folder: Path, out: Console) -> None:

@@ -142,11 +142,21 @@ class Verdict:
     @property
     def rerun(self) -> str:
         """The shell line that judges this case again."""
+        if ranks := self.environment.get("ranks"):
+            return self._rerun_on(ranks)
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
         platform = f" --platform {shlex.quote(arch)}" if (arch := self.environment.get("arch")) else ""
         after = "".join(f" --after {shlex.quote(str(item))}" for f in self.findings for item in f.evidence.get("after", ()))
         tool = f" --sanitizer {shlex.quote(tool)}" if (tool := self.environment.get("sanitizer")) else ""
         return f"moecheck repro {self.case_id} --backend {shlex.quote(self.subject)}{plugins}{platform}{after}{tool}"
+
+    def _rerun_on(self, ranks: str) -> str:
+        """On so many ranks, where the subject is BACKEND_epN."""
+        backend = self.subject.rpartition("_ep")[0]
+        plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
+        platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
+        host = f" --host {host}" if (host := self.environment.get("host")) else ""
+        return f"moecheck parallel --ranks {ranks} --case {self.case_id} --backend {backend}{plugins}{platform}{host}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, `from_json` inverts it; carries the rerun line for readers without moecheck."""

@@ -54,9 +54,7 @@ class Setup:
 
 def main(pipe: Connection, setup: Setup) -> None:
     """Serve requests from `pipe`. Never returns normally: os._exit skips atexit hooks of a library in a bad state."""
-    _die_with_parent()
-    _redirect_output(Path(setup.log))
-    _prepare_libraries(setup)
+    settle(setup)
     with suppress(EOFError, KeyboardInterrupt):  # the supervisor is gone
         try:
             _serve(Link(pipe), setup)
@@ -64,6 +62,13 @@ def main(pipe: Connection, setup: Setup) -> None:
             os._exit(LOST)
     util._exit_function()  # type: ignore[attr-defined]  # unlinks the semaphores that libraries (tqdm) made; os._exit would leave them to a warning
     os._exit(0)
+
+
+def settle(setup: Setup) -> None:
+    """What every child does first: it dies with its parent, prints to its log, and is ready for kernel libraries."""
+    _die_with_parent()
+    _redirect_output(Path(setup.log))
+    _prepare_libraries(setup)
 
 
 class Link(Channel):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
@@ -118,14 +118,14 @@ def _server_gone(pid: int | None) -> bool:
         return True
 
 
-def start(setup: Setup, path: Path) -> Child:
-    """Fork a child that prints to `path`. It is ready when it says so."""
+def start(setup: Setup, path: Path, target: Callable[..., None] = main) -> Child:
+    """Fork a child that runs `target` and prints to `path`. It is ready when it says so."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["harness.worker.child"])
     setup = replace(setup, log=str(path))
     for attempt in range(START_TRIES):
         ours, theirs = context.Pipe()
-        process = context.Process(target=main, args=(theirs, setup), daemon=True)
+        process = context.Process(target=target, args=(theirs, setup), daemon=True)
         try:
             with _no_main_module():
                 process.start()

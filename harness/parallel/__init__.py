@@ -1,0 +1,1 @@
+"""Expert parallelism on several ranks: a kernel on each, dispatch and combine between them, and who is to blame."""
