@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -22,11 +24,16 @@ from harness import config
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
+from harness.faults import deadly
 from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect, weight_source
 from harness.pipeline import Options, run
+from harness.report import junit, page
+from harness.select import Item
+from harness.verdict import Status
 from harness.worker.child import THREADS
+from harness.worker.replay import Budget
 from harness.worker.supervisor import Supervisor
 from reference import fused
 from reference.activation import ACTIVATIONS
@@ -38,9 +45,11 @@ from reference.routing import Routing
 
 CASES = 300
 CRASHES = 10
+STORM, EVERY = 1000, 10  # cases, one in so many of which dies
 ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
+T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -51,10 +60,10 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def for_each(cases: Iterable[Case], call: Callable[[Case], object]) -> None:
-    """Call once per case."""
-    for case in cases:
-        call(case)
+def for_each(items: Iterable[T], call: Callable[[T], object]) -> None:
+    """Call once per item."""
+    for item in items:
+        call(item)
 
 
 def isolation() -> None:
@@ -76,6 +85,32 @@ def isolation() -> None:
     console.print(f"isolation: {CASES} cases bare {bare:.2f} s, worker and journal {through:.2f} s, ratio {through / bare:.3f}")
 
 
+def recording() -> None:
+    """What journal, JUnit and the report page of 1,000 small cases take, of the seconds that judging them takes."""
+    backend, many = discover()["torch_grouped_mm"], 1000
+    asked = Options(config.tier("smoke").checks)
+    torch.set_num_threads(THREADS)
+    cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(many // 10)]
+    run(cases[0], backend, CPU, options=asked)
+    started = time.perf_counter()
+    judged = [run(case, backend, CPU, options=asked) for case in cases]
+    whole = 10 * (time.perf_counter() - started)
+    seeded = [(replace(cases[i % len(cases)], seed=i), judged[i % len(cases)]) for i in range(many)]
+    verdicts = [replace(verdict, case_id=case.id) for case, verdict in seeded]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        journal = Journal(folder)
+        parts = {
+            "journal": timed(lambda: for_each(verdicts, journal.append)),
+            "JUnit": timed(lambda: junit.write(folder / "junit.xml", [Item(v.case_id, v.subject) for v in verdicts], verdicts)),
+            "page": timed(lambda: page.write(folder / "report.html", page.load(folder, {}))),
+        }
+        journal.close()
+    told = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+    share = 100 * sum(parts.values()) / whole
+    console.print(f"recording: {many} small cases judged in {whole:.0f} s; {told}: {share:.2f} % of it")
+
+
 def replacement() -> None:
     """From noticing a death to the next child's first answer."""
     case = Case.parse(SMALL.format(tokens=3, seed=0))
@@ -94,6 +129,37 @@ def replacement() -> None:
     console.print(f"replacement: a crash costs {middle:.3f} s over a warm case (median of {CRASHES}, worst {max(gaps):.3f} s)")
     console.print(
         f"replacement: a fresh interpreter with torch takes {fresh:.2f} s, {fresh / max(middle, 1e-3):.0f} times as long"
+    )
+
+
+def crashes() -> None:
+    """1,000 small cases of a smoke run, 100 of them on a kernel that dies, each death explained as that tier does, against the
+    same cases with a right kernel in its place; alternating in fifties."""
+    tier, kernels = config.tier("smoke"), ("deadly_segfault", "deadly_abort")
+    cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(STORM)]
+    clean = stormy = 0.0
+    died = 0
+    with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (deadly.__name__,), Path(folder), 60) as worker:
+        worker.checks, worker.budget = tier.checks, Budget(tier.replay_runs, tier.replay_s)
+        for name in ("clean", "stormy"):
+            (Path(folder) / name).mkdir()
+        journals = [Journal(Path(folder) / name) for name in ("clean", "stormy")]
+        worker.judge(cases[0], deadly.CLEAN.name)
+
+        def judged(journal: Journal, items: Iterable[tuple[str, Case]]) -> None:
+            nonlocal died
+            for subject, case in items:
+                verdict = worker.judge(case, subject)
+                died += verdict.status is Status.CRASHED
+                journal.append(verdict)
+
+        for start in range(0, STORM, 50):
+            right = [(deadly.CLEAN.name, case) for case in cases[start : start + 50]]
+            mixed = [(kernels[i // EVERY % 2] if i % EVERY == EVERY - 1 else own, c) for i, (own, c) in enumerate(right)]
+            clean += timed(partial(judged, journals[0], right))
+            stormy += timed(partial(judged, journals[1], mixed))
+    console.print(
+        f"crashes: {STORM} cases without {clean:.1f} s, {died} of them dying {stormy:.1f} s, ratio {stormy / clean:.2f}"
     )
 
 
@@ -214,7 +280,9 @@ def synchronized(call: Callable[[], object]) -> float:
 if __name__ == "__main__":
     production()  # first: it reports the peak memory of this process
     isolation()
+    recording()
     replacement()
+    crashes()
     encoders()
     reference_layer()
     few_rows()

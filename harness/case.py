@@ -1,7 +1,7 @@
 """A case is its id: everything that decides the inputs and the expected output, readable and parseable.
 
 moe.nvfp4.t33.h7168.i512.e384.k8.deepseek_v3.swiglu.standard.exact.s0
-op  recipe tokens hidden inter experts top_k routing activation format fill [skew] seed
+op  recipe tokens hidden inter experts top_k routing activation format fill [skew] [bias] [weighting] seed
 
 A case of another op names the axes that this op has, in the same order: quantize.nvfp4.t33.h256.real.s0. Its recipe says
 first what is written, then what is read.
@@ -9,59 +9,31 @@ first what is written, then what is read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 
 from harness.anchors import Products
+from harness.axes import ACTIVATION_FORMATS as ACTIVATION_FORMATS
+from harness.axes import AXES as AXES
+from harness.axes import BIASES as BIASES
+from harness.axes import FILLS as FILLS
+from harness.axes import IDS, LETTERS, OPTIONAL, PROBES
+from harness.axes import NEUTRAL as NEUTRAL
+from harness.axes import OPS as OPS
+from harness.axes import SKEWS as SKEWS
+from harness.axes import WEIGHTINGS as WEIGHTINGS
 from harness.errors import CaseError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.format import WHOLE
 from reference.formats import all_formats
 from reference.routing import RULES
 
-ACTIVATION_FORMATS = ("standard", "batched")  # batched: [experts, rows, hidden] slabs and masked_m, made by the adapter
-PROBES = ("onehot", "idcode")  # exact fills of a layer, harness/idcode.py
-FILLS = ("exact", "real", *PROBES, "edges")  # edges: zeros, ties, subnormals and the largest numbers, harness/op_fills.py
-SKEWS = ("uniform", "hot", "half")  # half: the upper half of the experts never receives a token; hot: one gets every token
-AXES = ("op", "tokens", "hidden", "inter", "experts", "top_k", "routing", "activation", "recipe", "fill", "skew", "seed")
 MAX_ID = 300  # characters: a file name holds 255 of them, and Python reads numbers of 4300 digits at most
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
 MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
 LEAST_QUANTISED = 4  # columns of a row that shares one scale: peak, two constant features (harness/exact.py), one value
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
-
-
-@dataclass(frozen=True)
-class Op:
-    """A kind of question: the axes of its cases beside the seed, in the order of an id, and its fills. On every other axis a
-    case of it has the NEUTRAL value."""
-
-    axes: tuple[str, ...]
-    fills: tuple[str, ...]
-
-
-_FRONT = ("recipe", "tokens", "hidden", "inter", "experts", "top_k")
-OPS = {
-    "moe": Op((*_FRONT, "routing", "activation", "activation_format", "fill", "skew"), ("exact", "real", *PROBES)),
-    "quantize": Op(("recipe", "tokens", "hidden", "fill"), ("real", "edges")),
-    "activate": Op(("recipe", "tokens", "inter", "activation", "fill"), ("exact", "real")),
-    "route": Op(("recipe", "tokens", "experts", "top_k", "routing", "fill", "skew"), ("exact", "real", "edges")),
-}
-NEUTRAL: Mapping[str, int | str] = {
-    **{"tokens": 1, "hidden": 1, "inter": 1, "experts": 1, "top_k": 1, "routing": "default", "activation": "identity"},
-    **{"recipe": "fp32", "fill": "real", "skew": "uniform", "activation_format": "standard", "seed": 0},
-}
-_LETTERS = {"tokens": "t", "hidden": "h", "inter": "i", "experts": "e", "top_k": "k", "seed": "s"}
-
-
-def _pattern(op: Op) -> re.Pattern[str]:
-    texts = {name: rf"\.{letter}(?P<{name}>\d+)" for name, letter in _LETTERS.items()}
-    texts |= {"recipe": r"\.(?P<recipe>[\w-]+)", "fill": r"\.(?P<fill>[a-z]+)", "skew": r"(?:\.(?P<skew>[a-z]+))?"}
-    return re.compile(r"(?P<op>[a-z]\w*)" + "".join(texts.get(a, rf"\.(?P<{a}>[a-z]\w*)") for a in (*op.axes, "seed")))
-
-
-_IDS = {name: _pattern(op) for name, op in OPS.items()}
 
 
 @dataclass(frozen=True, order=True)
@@ -93,6 +65,7 @@ class Recipe:
     out: str
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a journal of 100,000 cases has a few dozen
     def parse(cls, text: str) -> Recipe:
         """The recipe written as `text`; CaseError if it has more than four parts, UnknownName for an unknown format."""
         parts = text.split("-")
@@ -112,11 +85,15 @@ class Recipe:
         """The plain format in which x is handed over."""
         return self.acts if _plain(self.acts) else self.out
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         parts = [self.weights, self.acts, self.middle, self.out]
         while len(parts) > 1 and Recipe.parse("-".join(parts[:-1])) == self:
             parts.pop()
         return "-".join(parts)
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def _plain(name: str) -> bool:
@@ -136,13 +113,15 @@ class Case:
     skew: str = "uniform"
     activation_format: str = "standard"
     seed: int = 0
+    bias: str = "nobias"
+    weighting: str = "onoutput"
 
     @property
     def id(self) -> str:
         """The canonical text; `Case.parse` inverts it."""
         values = {**self.axes, "activation_format": self.activation_format}
         axes = OPS[self.op].axes if self.op in OPS else OPS["moe"].axes
-        parts = [f"{_LETTERS.get(a, '')}{values[a]}" for a in (*axes, "seed") if a != "skew" or self.skew != "uniform"]
+        parts = [f"{LETTERS.get(a, '')}{values[a]}" for a in (*axes, "seed") if a not in OPTIONAL or values[a] != NEUTRAL[a]]
         return ".".join((self.op, *parts))
 
     def __str__(self) -> str:
@@ -151,7 +130,7 @@ class Case:
     @classmethod
     def of(cls, axes: Mapping[str, int | str]) -> Case:
         """The case with a value for every axis; sizes and the seed may be given as text."""
-        names = ("op", "routing", "activation", "fill", "skew", "activation_format")
+        names = ("op", "routing", "activation", "fill", "skew", "activation_format", "bias", "weighting")
         return cls(
             **{name: str(axes[name]) for name in names},
             shape=Shape(*(int(axes[k]) for k in ("tokens", "hidden", "inter", "experts", "top_k"))),
@@ -160,9 +139,10 @@ class Case:
         )
 
     @classmethod
+    @lru_cache(maxsize=1024)  # in a journal a case's subjects are neighbours
     def parse(cls, text: str) -> Case:
         """The case called `text`; CaseError or UnknownName says what is wrong with it."""
-        pattern = _IDS.get(text.strip().partition(".")[0], _IDS["moe"])
+        pattern = IDS.get(text.strip().partition(".")[0], IDS["moe"])
         match = pattern.fullmatch(text.strip()) if len(text) <= MAX_ID else None
         if match is None:
             raise CaseError(f"case id {text!r:.{MAX_ID}} does not parse; wanted e.g. {EXAMPLE_ID}")
@@ -182,6 +162,8 @@ class Case:
             ("activation format", self.activation_format, ACTIVATION_FORMATS),
             ("fill", self.fill, FILLS),
             ("skew", self.skew, SKEWS),
+            ("bias", self.bias, BIASES),
+            ("weighting", self.weighting, WEIGHTINGS),
         ):
             if name not in known:
                 raise UnknownName(kind, name, known)
@@ -205,8 +187,9 @@ class Case:
     @property
     def axes(self) -> dict[str, int | str]:
         """The case as one value per axis name, as plans and configurations speak of it."""
-        names = {name: getattr(self, name) for name in ("op", "routing", "activation", "fill", "skew", "seed")}
-        return {**asdict(self.shape), **names, "recipe": str(self.recipe)}
+        given = ("op", "routing", "activation", "fill", "skew", "seed", "bias", "weighting")
+        names = {name: getattr(self, name) for name in given}
+        return {**vars(self.shape), **names, "recipe": str(self.recipe)}
 
     def vary(self, **axes: int | str) -> Case:
         """A copy with some axes replaced, `recipe` given as text."""
@@ -328,6 +311,23 @@ def _probe_hidden(case: Case) -> str | None:
     return None
 
 
+def _plain_experts(case: Case) -> str | None:
+    if case.bias == "bias" and case.fill in PROBES:
+        return f"fill {case.fill}: a probe's output shows one weight, a bias would hide it"
+    if case.weighting == "oninput" and case.fill != "real":
+        return f"fill {case.fill}: weights below 1 on the input would leave the gates where silu rounds"
+    if case.bias == "bias" and case.weighting == "oninput":
+        return "bias and oninput: no model has both, and kernels disagree on whether the weight multiplies the bias"
+    return None
+
+
+def _weighted_input(case: Case) -> str | None:
+    """Where a weight does not depend on its logit, one place of multiplying looks like another."""
+    if case.weighting == "oninput" and (case.shape.experts == 1 or (case.shape.top_k == 1 and RULES[case.routing].alone)):
+        return f"oninput: {case.routing} gives a lone expert one weight for every token: nothing shows where it is applied"
+    return None
+
+
 def _written(case: Case) -> str | None:
     recipe, scaling = case.recipe, all_formats()[case.recipe.weights].scaling
     if recipe != Recipe.parse(f"{recipe.weights}-{recipe.acts}") or not _plain(recipe.acts):
@@ -371,6 +371,8 @@ LIMITS = (
     Limit(("fill", "recipe"), _probe_recipe),
     Limit(("fill", "hidden"), _probe_hidden),
     Limit(("fill",), _fill),
+    Limit(("fill", "bias", "weighting"), _plain_experts),
+    Limit(("routing", "experts", "top_k", "weighting"), _weighted_input),
 )
 _SIZES = (Limit(("fill",), _fill), LIMITS[0], Limit(("tokens", "hidden", "inter", "experts"), _op_elements))
 OP_LIMITS = {

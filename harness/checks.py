@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from harness.backends.base import Launch
@@ -13,7 +12,7 @@ from harness.memory import HUGE, NAN, RedZones, held
 from harness.op_answers import promised
 from harness.oracle import Expected
 from harness.relations import CHECKS
-from harness.subject import Subject, bits, malformed, same
+from harness.subject import Subject, equal_bits, malformed, same
 from harness.verdict import Finding, Status
 
 Snapshot = dict[str, Tensor]
@@ -38,7 +37,9 @@ def snapshot(inputs: Inputs, launch: Launch) -> Snapshot:
 
 def mutated(before: Snapshot, inputs: Inputs, launch: Launch) -> Finding | None:
     """Names the inputs that differ, bit for bit, from their copies."""
-    changed = [n for n, t in _watched(inputs, launch).items() if not torch.equal(bits(t), bits(before[n]))]
+    watched = _watched(inputs, launch)
+    same_bits = equal_bits([(tensor, before[name]) for name, tensor in watched.items()])
+    changed = [name for name, unchanged in zip(watched, same_bits, strict=True) if not unchanged]
     if not changed:
         return None
     return Finding("input_mutated", f"the call changed its input {', '.join(changed)}", {"tensors": changed})

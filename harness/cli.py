@@ -24,13 +24,18 @@ from harness import (
     cli_audit,
     cli_bisect,
     cli_bundle,
+    cli_coverage,
     cli_diff,
+    cli_history,
+    cli_known,
+    cli_latency,
     cli_list,
     cli_matrix_versions,
     cli_overlay,
     cli_parallel,
     cli_pipeline,
     cli_preflight,
+    cli_report,
     cli_shards,
     cli_versions,
     cli_warm,
@@ -66,14 +71,19 @@ app.command("audit")(cli_audit.command)
 app.command("diff")(cli_diff.command)
 app.command("matrix-versions")(cli_matrix_versions.command)
 app.command("load")(cli_bundle.load)
+app.command("history")(cli_history.command)
+app.command("coverage")(cli_coverage.command)
+app.command("known")(cli_known.command)
 app.add_typer(cli_versions.app, name="contracts")
 app.command("bisect")(cli_bisect.command)
 app.command("overlay")(cli_overlay.command)
-app.command("parallel")(cli_parallel.command)
 app.command("merge")(cli_shards.merge_)
 app.add_typer(cli_pipeline.app, name="pipeline")
+app.add_typer(cli_latency.app, name="latency")
+app.command("parallel")(cli_parallel.command)
 app.command("preflight")(cli_preflight.command)
 app.command("warm")(cli_warm.command)
+app.command("report")(cli_report.command)
 
 
 @app.command()
@@ -99,6 +109,9 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
     jobs: Annotated[int | None, typer.Option("--jobs", "-n", help="Processes that share the run; a GPU each.", min=1)] = None,
     executor: Executor = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure; not for a nightly.")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Afterwards, time what passed: production cases, or --case.")
+    ] = False,
 ) -> None:
     """Judge every planned case and print the table."""
     ray = executor == "ray"
@@ -123,7 +136,10 @@ def run(  # noqa: PLR0913 - typer turns parameters into options
         folder = cli_shards.folder_of(the_plan, part, out_dir, resume)
     else:
         folder = resume
-    raise typer.Exit(execute(the_plan, folder, out, err, manner))
+    code = execute(the_plan, folder, out, err, manner)
+    if latency and code in (CLEAN, KERNEL_FAILED):
+        cli_latency.phase(the_plan, folder)
+    raise typer.Exit(code)
 
 
 @app.command("plan")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from harness.case import ACTIVATION_FORMATS, AXES, FILLS, MAX_ELEMENTS, OPS, SKEWS
+from harness.case import ACTIVATION_FORMATS, AXES, BIASES, FILLS, MAX_ELEMENTS, OPS, SKEWS, WEIGHTINGS
 from harness.errors import ConfigError, UnknownName
 from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
 from harness.hardware import Strict as Strict  # also what bundles are read with
@@ -22,6 +24,11 @@ from reference.routing import RULES
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 MAX_BYTES = 1 << 20  # of a YAML file: the largest here has 8 KiB
+# an issue or a change at GitHub, GitLab, Gitea; Bugzilla; Jira
+THREAD = re.compile(
+    r"https://[\w.-]+/(?:[\w./-]+/(?:issues|pull|pulls|merge_requests|discussions)/\d+|show_bug\.cgi\?id=\d+|browse/[A-Z]\w*-\d+)"
+    r"(?:[#?/]\S*)?"
+)
 MAX_LIMIT_S = 86400.0  # a case that takes a day hangs
 SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +37,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "fill": FILLS,
     "skew": SKEWS,
     "activation_format": ACTIVATION_FORMATS,
+    "bias": BIASES,
+    "weighting": WEIGHTINGS,
 }
 
 
@@ -63,8 +72,10 @@ class Axes(Strict):
     activation: tuple[str, ...] | None = None
     fill: tuple[str, ...] | None = None
     skew: tuple[str, ...] | None = None
+    bias: tuple[str, ...] | None = None
+    weighting: tuple[str, ...] | None = None
 
-    @field_validator("routing", "activation", "fill", "skew")
+    @field_validator("routing", "activation", "fill", "skew", "bias", "weighting")
     @classmethod
     def known(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         """Names must be known; the error lists near ones."""
@@ -118,7 +129,8 @@ class Platform(Strict):
 
 
 class Production(Strict):
-    """A layer shape people serve. weight_on_input: the routing weight multiplies the expert's input, which no case has yet."""
+    """A layer shape people serve. bias: its experts have biases; weight_on_input: the routing weight multiplies what they
+    read. A backend that does not take these is asked without."""
 
     hidden: int
     inter: int
@@ -126,6 +138,7 @@ class Production(Strict):
     top_k: int
     routing: str
     activation: str
+    bias: bool = False
     weight_on_input: bool = False
     source: Source
 
@@ -172,14 +185,39 @@ class Tier(Strict):
         return Axes(fill=names).fill or ()
 
 
+def _thread(link: str) -> str:
+    """An issue, a change or a page of findings that exists, where this checkout has the page."""
+    if match := re.fullmatch(r"docs/findings\.md#(\S+)", link):
+        page = ROOT.parent / "docs" / "findings.md"
+        if page.is_file() and f'id="{match[1]}"' not in page.read_text():
+            raise ValueError(f"an anchor of docs/findings.md; it has no {match[1]}")
+    elif not THREAD.fullmatch(link):
+        raise ValueError(
+            "docs/findings.md#ANCHOR, or the URL of an issue or a change, e.g. https://github.com/OWNER/REPO/issues/1"
+        )
+    return link
+
+
 class _Issue(Strict):
     id: str
-    link: str = Field(pattern=r"^(https://\S+|docs/findings\.md#\S+)$")
+    link: Annotated[str, AfterValidator(_thread)]
     backend: str
     arch: str
     match: dict[str, tuple[int | str, ...]] = Field(min_length=1)
     status: Status
     text: str = Field(min_length=4)
+    expires: Annotated[date, Field(strict=True)] | None = None
+    quarantine: bool = False
+    sometimes: bool = False
+
+    @model_validator(mode="after")
+    def for_a_time(self) -> _Issue:
+        """A case that nobody launches is never seen to pass: that must end by itself, and only deaths deserve it."""
+        if self.sometimes and self.expires is None:
+            raise ValueError("sometimes: true only with expires: YYYY-MM-DD, since no pass ever says that it is gone")
+        if self.quarantine and (self.expires is None or self.status not in (Status.CRASHED, Status.HUNG)):
+            raise ValueError("quarantine: true only with expires: YYYY-MM-DD and status CRASHED or HUNG")
+        return self
 
     @field_validator("match")
     @classmethod
@@ -198,8 +236,8 @@ class _Issues(Strict):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load(path: Path, model: type[Model]) -> Model:
-    """Read one YAML file as `model`; ConfigError says file, line, given and wanted."""
+def load(path: Path, model: type[Model], context: Mapping[str, Any] | None = None) -> Model:
+    """Read one YAML file as `model`, whose validators see `context`; ConfigError says file, line, given and wanted."""
     text = _text(path)
     try:
         loader = _Loader(text)
@@ -213,7 +251,7 @@ def load(path: Path, model: type[Model]) -> Model:
         wanted = f"YAML: {printable(str(error.problem or error.context))[:300]}"
         raise ConfigError(str(path), 1 if mark is None else mark.line + 1, "text that is not YAML", wanted) from error
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         first = error.errors()[0]
         given = printable(f"{'.'.join(map(str, first['loc']))} = {first['input']!r:.80}"[:300])
@@ -330,7 +368,7 @@ def production(name: str, root: Path = ROOT) -> Production:
     return _named("models", name, Production, root)
 
 
-def known_issues(root: Path = ROOT) -> tuple[KnownIssue, ...]:
-    """configs/known_issues.yaml."""
-    loaded = load(root / "known_issues.yaml", _Issues).issues
-    return tuple(KnownIssue(i.id, i.link, i.backend, i.arch, i.match, i.status, i.text) for i in loaded)
+def known_issues(root: Path = ROOT, today: date | None = None) -> tuple[KnownIssue, ...]:
+    """configs/known_issues.yaml, as of a day of UTC; default: today."""
+    loaded, today = load(root / "known_issues.yaml", _Issues).issues, today or datetime.now(UTC).date()
+    return tuple(KnownIssue(**dict(i), expired=i.expires is not None and i.expires < today) for i in loaded)

@@ -20,22 +20,30 @@ def emulate(inputs: Inputs, rounding: Rounding, seed: int = 0) -> Tensor:
     shape, ids, rounding = inputs.case.shape, inputs.topk_ids, handed(rounding, inputs)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.zeros(shape.tokens, shape.top_k, shape.hidden, dtype=torch.float32)
-    source = weight_source(inputs)
+    source, on_input = weight_source(inputs), inputs.case.weighting == "oninput"
     for expert in ids.unique()[torch.randperm(len(ids.unique()), generator=generator)].tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         x = rounding.at("x", inputs.x[token].double()).float()
+        if on_input:
+            x = x * rounding.at("routing_weight", inputs.topk_weights[token, slot, None]).float()
         rows[token, slot] = _expert(inputs, x, source(expert), rounding, generator)
-    return _combined(rows, inputs.topk_weights, rounding).to(get(inputs.case.recipe.out).torch_dtype)
+    weights = torch.ones_like(inputs.topk_weights) if on_input else inputs.topk_weights
+    return _combined(rows, weights, rounding).to(get(inputs.case.recipe.out).torch_dtype)
 
 
 def _expert(inputs: Inputs, x: Tensor, weights: ExpertWeights, rounding: Rounding, generator: torch.Generator) -> Tensor:
     activation = ACTIVATIONS[inputs.case.activation]
-    gate = rounding.at("gate_up", _matmul(x, weights.gate, generator)).float()
+
+    def gemm(point: str, a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        product = rounding.at("product", _matmul(a, w, generator)).float()
+        return rounding.at(point, product if bias is None else product + bias.float()).float()
+
+    gate = gemm("gate_up", x, weights.gate, weights.gate_bias)
     middle = rounding.at("activated", activation.scalar(gate)).float()
     if weights.up is not None:
-        middle = middle * activation.linear(rounding.at("gate_up", _matmul(x, weights.up, generator)).float())
+        middle = middle * activation.linear(gemm("gate_up", x, weights.up, weights.up_bias))
     middle = rounding.at("middle", middle).float()
-    return rounding.at("row", _matmul(middle, weights.down, generator)).float()
+    return gemm("row", middle, weights.down, weights.down_bias)
 
 
 def _matmul(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:

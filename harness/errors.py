@@ -9,6 +9,8 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- RunFolderError            an output folder that is not ours, not writable, or from another plan
 |-- OverlayError              an overlay of other releases that cannot be made now: no network, no room, no uv
 |-- CannotTell                a release that cannot be tested here, and why; a bisect steps around it
+|-- HistoryError              a history that holds no run, cannot be read or written, or wants a package that is not here
+|-- TimingError               nothing to time, or a timing that cannot be made or read
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
 """
@@ -77,3 +79,11 @@ class CannotTell(MoecheckError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class HistoryError(MoecheckError):
+    """A folder of runs, or an object store's prefix, that cannot be used as a history."""
+
+
+class TimingError(MoecheckError):
+    """A latency measurement that cannot be made, or a record of one that cannot be read."""

@@ -6,13 +6,14 @@ Nothing here names a format: a fill reads the element grid and the scaling of wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from harness.hashing import Stream
+from harness.hashing import Stream, Streams
 from reference.format import WHOLE, Format, Quantized, block_amax, expand_blocks
 from reference.grid import FLOATS, ElementType, IntegerType, PowerOfTwoType
 
@@ -62,20 +63,31 @@ def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float, common
     """A dense random matrix [rows, columns] of root mean square about `rms`, drawn as codes and scales. `common`: the stream
     of a matrix with which it shares the odd part of the factor of a `static` format: the two differ by a power of two, so a
     library with one factor for both can be handed the other as a shift of its scales or codes."""
-    rows, columns = shape
+    return real_all(fmt, shape, [stream], rms, [common or stream])[0]
+
+
+def real_all(
+    fmt: Format, shape: tuple[int, int], streams: Sequence[Stream], rms: float, common: Sequence[Stream]
+) -> list[Quantized]:
+    """`real` of several streams of one seed and device."""
     element = fmt.element
     assert isinstance(element, ElementType | IntegerType)
-    codes = window(element, stream.child("codes").raw(rows, columns, element.bits))
+    together = Streams(streams[0].seed, tuple(s.name for s in streams), streams[0].device)
+    codes = window(element, together.child("codes").raw(*shape, element.bits))
     base = rms / window_rms(element)
     if fmt.scaling is not None and fmt.scaling.zero_points:
         base /= math.sqrt(2)  # code minus zero point: a difference of two such draws
     if fmt.torch_dtype is not None:  # the bits of a plain format are its value's
-        return Quantized(fmt, codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base)))
-    scales, global_scale = _real_scales(fmt, shape, (stream, common or stream), base)
-    zeros = None
-    if fmt.scaling is not None and fmt.scaling.zero_points:
-        zeros = window(element, stream.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
-    return Quantized(fmt, codes, scales, global_scale, zeros)
+        values = codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base))
+        return [Quantized(fmt, own) for own in values.unbind()]
+    found = []
+    for stream, other, own in zip(streams, common, codes.unbind(), strict=True):
+        scales, global_scale = _real_scales(fmt, shape, (stream, other), base)
+        zeros = None
+        if fmt.scaling is not None and fmt.scaling.zero_points:
+            zeros = window(element, stream.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
+        found.append(Quantized(fmt, own, scales, global_scale, zeros))
+    return found
 
 
 def _real_scales(
@@ -125,6 +137,13 @@ def pack(fmt: Format, integers: Tensor, unit: float, scales: Scales) -> Quantize
         return Quantized(fmt, codes, _store(fmt, stored))
     lift = 2.0 ** -(scales.own.child("global").fields(1, 1, 16).item() % POWERS)
     return Quantized(fmt, codes, _store(fmt, stored * lift), torch.tensor(lift, dtype=torch.float32, device=integers.device))
+
+
+def pack_all(fmt: Format, integers: Tensor, unit: float, scales: Sequence[Scales]) -> list[Quantized]:
+    """`pack` of the matrices integers [n, rows, columns]."""
+    if fmt.torch_dtype is not None:
+        return [Quantized(fmt, codes) for codes in (integers.to(fmt.torch_dtype) * unit).unbind()]
+    return [pack(fmt, own, unit, scale) for own, scale in zip(integers.unbind(), scales, strict=True)]
 
 
 @cache

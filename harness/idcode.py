@@ -8,6 +8,7 @@ them tell the place they come from, and a wrong index names what was read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from harness import fills
 from harness.case import Case
-from harness.hashing import Stream
+from harness.hashing import Stream, Streams
 from reference.activation import ACTIVATIONS, SATURATED
 from reference.format import Quantized
 from reference.formats import get
@@ -37,6 +38,10 @@ class IdLayer:
     def stream(self, name: str) -> Stream:
         """The random words called `name`."""
         return Stream(self.case.seed, f"idcode.{name}", self.device)
+
+    def streams(self, name: str, experts: Sequence[int]) -> Streams:
+        """The random words of one tensor of several experts."""
+        return Streams(self.case.seed, tuple(f"idcode.{name}.{e}" for e in experts), self.device)
 
     @property
     def gated(self) -> bool:
@@ -62,42 +67,44 @@ class IdLayer:
         values[:, -1] = 1
         return values
 
-    def gate(self, expert: int) -> Quantized:
-        """[inter, hidden]: 0 or SATURATED, codes where there is no up half; SATURATED in the last column."""
-        codes = self._codes(f"gate.{expert}")
+    def gate(self, experts: Sequence[int]) -> list[Quantized]:
+        """[inter, hidden] each: 0 or SATURATED, codes where there is no up half; SATURATED in the last column."""
+        codes = self._codes("gate", experts)
         rows = codes & 1 if self.gated else codes.abs()
-        rows[:, -1] = 1
-        return self._pack("gate", expert, rows, SATURATED)
+        rows[..., -1] = 1
+        return self._pack("gate", experts, rows, SATURATED)
 
-    def up(self, expert: int) -> Quantized:
-        """[inter, hidden]: codes, 0 in the last column."""
-        rows = self._codes(f"up.{expert}")
-        rows[:, -1] = 0
-        return self._pack("up", expert, rows, 1.0)
+    def up(self, experts: Sequence[int]) -> list[Quantized]:
+        """[inter, hidden] each: codes, 0 in the last column."""
+        rows = self._codes("up", experts)
+        rows[..., -1] = 0
+        return self._pack("up", experts, rows, 1.0)
 
-    def down(self, expert: int) -> Quantized:
-        """[hidden, inter]: one 1 or -1 in every row, the neurons in an order of the expert's own."""
+    def down(self, experts: Sequence[int]) -> list[Quantized]:
+        """[hidden, inter] each: one 1 or -1 in every row, the neurons in an order of the expert's own."""
         hidden, inter = self.case.shape.hidden, self.case.shape.inter
-        stream = self.stream(f"down.{expert}")
-        neuron = own_columns(torch.arange(inter, device=self.device), hidden, stream)
-        sign = 1 - 2 * (stream.child("signs").fields(hidden, 1, 4) & 1)
-        rows = torch.zeros(hidden, inter, dtype=torch.int8, device=self.device)
-        return self._pack("down", expert, rows.scatter_(1, neuron[:, None], sign.to(torch.int8)), 1.0)
+        streams = self.streams("down", experts)
+        neuron = own_columns(torch.arange(inter, device=self.device), hidden, streams)
+        sign = 1 - 2 * (streams.child("signs").fields(hidden, 1, 4) & 1)
+        rows = torch.zeros(len(experts), hidden, inter, dtype=torch.int8, device=self.device)
+        return self._pack("down", experts, rows.scatter_(2, neuron.unsqueeze(-1), sign.to(torch.int8)), 1.0)
 
-    def _codes(self, name: str) -> Tensor:
-        """int8 [inter, hidden]: +-1..+-largest."""
-        words = self.stream(name).fields(self.case.shape.inter, self.case.shape.hidden, 16)
+    def _codes(self, name: str, experts: Sequence[int]) -> Tensor:
+        """int8 [experts, inter, hidden]: +-1..+-largest."""
+        words = self.streams(name, experts).fields(self.case.shape.inter, self.case.shape.hidden, 16)
         return ((1 - 2 * (words >> 15)) * (1 + (words & 0x7FFF) % self.largest)).to(torch.int8)
 
-    def _pack(self, name: str, expert: int, integers: Tensor, unit: float) -> Quantized:
-        turn = fills.turn(expert, self.case.shape.experts)
+    def _pack(self, name: str, experts: Sequence[int], integers: Tensor, unit: float) -> list[Quantized]:
+        turns = [fills.turn(e, self.case.shape.experts) for e in experts]
         if name == "down" and self.gated:  # as in `harness.exact`
-            turn = -turn
-        scales = fills.Scales(self.stream(f"{name}.{expert}"), self.stream(name), turn)
-        return fills.pack(get(self.case.recipe.weights), integers, unit, scales)
+            turns = [-turn for turn in turns]
+        own = [self.stream(f"{name}.{e}") for e in experts]
+        scales = [fills.Scales(stream, self.stream(name), turn) for stream, turn in zip(own, turns, strict=True)]
+        return fills.pack_all(get(self.case.recipe.weights), integers, unit, scales)
 
 
-def own_columns(columns: Tensor, count: int, stream: Stream) -> Tensor:
-    """int64 [count]: columns [n] in a random order, over and over: no two alike among any n."""
-    order = stream.child("order").fields(1, len(columns), 32)[0].argsort(stable=True)
-    return columns[order][torch.arange(count, device=columns.device) % len(columns)]
+def own_columns(columns: Tensor, count: int, stream: Stream | Streams) -> Tensor:
+    """int64 [count], of several streams [streams, count]: columns [n] in a random order, over and over: no two alike among
+    any n."""
+    order = stream.child("order").fields(1, len(columns), 32).squeeze(-2).argsort(dim=-1, stable=True)
+    return columns[order][..., torch.arange(count, device=columns.device) % len(columns)]

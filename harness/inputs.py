@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -17,6 +17,7 @@ from harness.exact import X_SCALE, ExactLayer
 from harness.hashing import Stream
 from harness.idcode import IdLayer
 from reference.activation import ACTIVATIONS
+from reference.experts import ExpertWeights
 from reference.format import Quantized
 from reference.formats import get
 from reference.routing import RULES, Routing
@@ -24,28 +25,43 @@ from reference.routing import RULES, Routing
 GATE_STD, UP_STD, X_RMS = 2.0, 1.5, 1.0  # pre-activations of std 1..3: below, silu(g) * u ~ g * u / 2 hides a gate/up swap
 MIDDLE_RMS = 1.6  # rms of silu(g) * u at those deviations, by numerical integration
 MIDDLE_PEAK = 62.0  # the largest of 1e9 products of those gates and ups: P(|g u| > z) ~ exp(-z / 3), and 3 ln(1e9) = 62
+BIASED_PEAK = 70.0  # the same where a bias adds a third to either variance: deviations of 2.08 and 1.61
+# A bias of the real fill is one of 128 multiples of a step, in [-1, 1) before the activation and, where the rows of 8 experts
+# average out, in [-4, 4) after it: any 16-bit type holds it.
+BIAS_STEPS, BIAS_STEP = 128, {"gate": 2.0**-6, "up": 2.0**-6, "down": 2.0**-4}
+# Added to the logits, times their spread, where routing weights multiply the input: sigmoid(3) is nearly 1, and 1 on the input
+# is 1 on the output.
+ON_INPUT_SHIFT = -3.5
 BIAS_SHIFT = 1.0  # every biased score is negative: a mask or a sentinel of 0 then wins (vllm#30204, flashinfer#1868)
 HOT_BIAS = 4.0  # above any two sigmoids with their biases: the hot expert and its group win whatever the rest says
 CHOSEN, REJECTED = 64.0, -1000.0  # exact fill logits: sigmoid(64) == 1 and exp(-1064) == 0 in float64
+TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of a matrix of several experts: a core's cache; a launch's worth
 DRAWN_BYTES = 1 << 28  # weights kept between a case's relations; a served layer of several GB is drawn anew each time
+
+
+Draw = Callable[[Sequence[int]], list[tuple[Quantized | None, ...]]]  # experts -> their matrices
 
 
 @dataclass
 class Drawn:
     """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. Everybody gets
-    copies: a subject may write to what it was handed."""
+    copies: a subject may write to what it was handed. decoded: (device, expert) -> as numbers, for the oracle alone."""
 
     kept: dict[tuple[str, str, int], tuple[Quantized | None, ...]] = field(default_factory=dict)
+    decoded: dict[tuple[str, int], ExpertWeights] = field(default_factory=dict)
     size: int = 0
 
-    def get(self, key: tuple[str, str, int], draw: Callable[[], tuple[Quantized | None, ...]]) -> tuple[Quantized | None, ...]:
-        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for."""
+    def get(self, key: tuple[str, str, int], together: Sequence[int], draw: Draw) -> tuple[Quantized | None, ...]:
+        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for, and for the experts `together`
+        with it."""
         if key not in self.kept:
-            drawn = draw()
-            self.size += sum(q.codes.nbytes for q in drawn if q is not None)
+            device, name, expert = key
+            wanted = [e for e in together if (device, name, e) not in self.kept]
+            drawn = dict(zip(wanted, draw(wanted), strict=True))
+            self.size += sum(q.codes.nbytes for matrices in drawn.values() for q in matrices if q is not None)
             if self.size > DRAWN_BYTES:
-                return drawn
-            self.kept[key] = drawn
+                return drawn[expert]
+            self.kept |= {(device, name, e): matrices for e, matrices in drawn.items()}
         return tuple(None if q is None else _copied(q) for q in self.kept[key])
 
 
@@ -62,11 +78,12 @@ class Inputs:
     that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
     float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
     reference routes them, for kernels that do not route. Another op's x and logits: harness/op_fills.py. Weights by expert:
-    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order. recorded: somebody else's tensors, which the
-    case's id does not say.
+    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order; biases, float32 or None: `gate_up_bias(e)`,
+    `down_bias(e)`. recorded: somebody else's tensors, which the case's id does not say.
     """
 
     recorded: ClassVar[bool] = False
+    own_experts: ClassVar[bool] = True  # expert e of every inputs that share `drawn` is the same
 
     case: Case
     device: str
@@ -96,7 +113,7 @@ class Inputs:
         if fmt.scaling is None or not fmt.scaling.static:
             return None
         room = fmt.scaling.global_range if fmt.scaling.global_scale else fills.peak(fmt)
-        return 2.0 ** math.floor(math.log2(room / MIDDLE_PEAK))
+        return 2.0 ** math.floor(math.log2(room / (MIDDLE_PEAK if self.case.bias == "nobias" else BIASED_PEAK)))
 
     @property
     def middle_global_scale(self) -> Tensor | None:
@@ -132,33 +149,58 @@ class Inputs:
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
-        gate, up = self.drawn.get((self.device, "gate_up", expert), lambda: self._gate_up(expert))
+        gate, up = self.drawn.get((self.device, "gate_up", expert), self._together(expert), self._gate_up)
         assert gate is not None
         return gate, up
 
     def down(self, expert: int) -> Quantized:
         """Down-projection weights of one expert, [hidden, inter]."""
-        (down,) = self.drawn.get((self.device, "down", expert), lambda: (self._down(expert),))
+        (down,) = self.drawn.get((self.device, "down", expert), self._together(expert), self._down)
         assert down is not None
         return down
 
-    def _gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+    def _together(self, expert: int) -> range:
+        """The experts that are drawn with this one: of a small layer's matrices many take no longer than one."""
+        shape = self.case.shape
+        count = max(1, TOGETHER[self.x.device.type] // max(1, shape.inter * shape.hidden))
+        return range(expert // count * count, min(shape.experts, expert // count * count + count))
+
+    def _gate_up(self, experts: Sequence[int]) -> list[tuple[Quantized | None, ...]]:
         gated = ACTIVATIONS[self.case.activation].gated
         if self.case.exact:
-            return self._exact.gate(expert), self._exact.up(expert) if gated else None
+            return _pairs(self._exact.gate(experts), self._exact.up(experts) if gated else None)
         shape = (self.case.shape.inter, self.case.shape.hidden)
         scaling = get(self.case.recipe.weights).scaling
         shared = scaling is not None and scaling.static
         stds = (math.sqrt(GATE_STD * UP_STD),) * 2 if shared else (GATE_STD, UP_STD)
         gate_rms, up_rms = (std / math.sqrt(self.case.shape.hidden) / X_RMS for std in stds)
-        gate = self._real(f"gate.{expert}", shape, gate_rms)
-        return gate, self._real(f"up.{expert}", shape, up_rms, f"gate.{expert}") if gated else None
+        gate = self._real("gate", experts, shape, gate_rms)
+        return _pairs(gate, self._real("up", experts, shape, up_rms, "gate") if gated else None)
 
-    def _down(self, expert: int) -> Quantized:
-        if self.case.exact:
-            return self._exact.down(expert)
+    def _down(self, experts: Sequence[int]) -> list[tuple[Quantized | None, ...]]:
         shape = self.case.shape
-        return self._real(f"down.{expert}", (shape.hidden, shape.inter), math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS)
+        rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
+        drawn = self._exact.down(experts) if self.case.exact else self._real("down", experts, (shape.hidden, shape.inter), rms)
+        return [(down,) for down in drawn]
+
+    def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """What one expert adds to its sums of GEMM 1, float32 [inter] for gate and up; None for what there is not."""
+        gated = ACTIVATIONS[self.case.activation].gated
+        return self._bias("gate", expert), self._bias("up", expert) if gated else None
+
+    def down_bias(self, expert: int) -> Tensor | None:
+        """The same of GEMM 2, [hidden]."""
+        return self._bias("down", expert)
+
+    def _bias(self, name: str, expert: int) -> Tensor | None:
+        if self.case.bias == "nobias":
+            return None
+        if self.case.exact:
+            assert isinstance(self._exact, ExactLayer)
+            return self._exact.bias(name, expert)
+        size = self.case.shape.hidden if name == "down" else self.case.shape.inter
+        stream = Stream(self.case.seed, f"real.{name}_bias.{expert}", self.device)
+        return (stream.fields(size, 1, 16)[:, 0] % BIAS_STEPS - BIAS_STEPS // 2).float() * BIAS_STEP[name]
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when
@@ -167,9 +209,13 @@ class Inputs:
         w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
         return w13, torch.stack([self.down(e).codes for e in experts])
 
-    def _real(self, name: str, shape: tuple[int, int], rms: float, common: str = "") -> Quantized:
-        own, other = (Stream(self.case.seed, f"real.{n}", self.device) for n in (name, common or name))
-        return fills.real(get(self.case.recipe.weights), shape, own, rms, other)
+    def _real(self, name: str, experts: Sequence[int], shape: tuple[int, int], rms: float, common: str = "") -> list[Quantized]:
+        own, other = ([Stream(self.case.seed, f"real.{n}.{e}", self.device) for e in experts] for n in (name, common or name))
+        return fills.real_all(get(self.case.recipe.weights), shape, own, rms, other)
+
+
+def _pairs(gates: list[Quantized], ups: list[Quantized] | None) -> list[tuple[Quantized | None, ...]]:
+    return list(zip(gates, [None] * len(gates) if ups is None else ups, strict=True))
 
 
 def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:
@@ -220,7 +266,8 @@ def _logits(case: Case, stream: Stream) -> Tensor:
     if case.exact:
         return torch.where(rank < case.shape.top_k, CHOSEN, REJECTED).float()
     spread = 1 + (stream.child("spread").fields(tokens, 1, 4) & 3).float() / 8
-    return torch.where(rank < 16, 3 - rank / 4, -1 - (rank - 16) / 32).float() * spread
+    shift = ON_INPUT_SHIFT if case.weighting == "oninput" else 0.0
+    return (torch.where(rank < 16, 3 - rank / 4, -1 - (rank - 16) / 32).float() + shift) * spread
 
 
 def _handicap(case: Case, stream: Stream) -> Tensor:

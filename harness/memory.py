@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,15 +25,26 @@ TCACHE_COUNT, TCACHE_SIZES = 7, range(24, 1033, 16)
 RED_ZONE = 4096  # bytes: a page, and a multiple of every alignment a kernel may want (TMA: 128)
 
 
+_HELD_BACK = [size for size in TCACHE_SIZES for _ in range(TCACHE_COUNT)]
+
+
+@cache
+def _libc() -> ctypes.PyDLL:
+    """glibc, called with the interpreter's lock held: the 900 calls of one poisoning are too short to give it away."""
+    libc = ctypes.PyDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+    return libc
+
+
 @contextmanager
 def poisoned(byte: int, device: Device) -> Iterator[None]:
     """Within, memory that is allocated and not written holds `byte`: glibc's and, on CUDA, the caching allocator's free
     blocks and the tails of its blocks in use."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    libc = _libc()
     if device.kind == "cuda":
         _poison_cuda(byte)
-    held_back = [libc.malloc(size) for size in TCACHE_SIZES for _ in range(TCACHE_COUNT)]
+    held_back = list(map(libc.malloc, _HELD_BACK))
     libc.mallopt(M_PERTURB, 0x100 | (byte ^ 0xFF))
     try:
         yield
@@ -96,7 +108,9 @@ class RedZones:
 
     def broken(self) -> dict[str, str]:
         """Buffer name -> which side was written and how far, for every red zone that does not hold its poison."""
-        found = {}
+        found: dict[str, str] = {}
+        if not self._arenas or not self._any_broken():
+            return found
         for name, arena in self._arenas.items():
             before = (arena[:RED_ZONE] != self._byte).nonzero().flatten()
             after = (arena[-RED_ZONE:] != self._byte).nonzero().flatten()
@@ -108,6 +122,12 @@ class RedZones:
             if sides:
                 found[name] = " and ".join(sides)
         return found
+
+    def _any_broken(self) -> bool:
+        """One question to the device about all zones: most calls break none."""
+        zones = [zone for arena in self._arenas.values() for zone in (arena[:RED_ZONE], arena[-RED_ZONE:])]
+        homes = {zone.device for zone in zones}
+        return any(bool((torch.cat([z for z in zones if z.device == home]) != self._byte).any()) for home in homes)
 
 
 def _arena(old: torch.UntypedStorage, device: torch.device, byte: int) -> Tensor:

@@ -6,6 +6,7 @@ These are the dear hypotheses: asked only where nothing cheaper explains an erro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,7 +16,6 @@ from harness.case import Case
 from harness.mistakes import next_expert, scale_roll, scaled_along_k
 from harness.whatif import Loader, Mistake, Turn
 from reference.activation import ACTIVATIONS, join_halves, split_halves
-from reference.experts import ExpertWeights
 from reference.format import WHOLE, Format, Quantized, expand_blocks
 from reference.formats import get
 from reference.layout import REST, Layout, Tiling, tiled
@@ -220,7 +220,7 @@ def rescaled(text: str, read: Read, matrix: str, order: str, scales: Scales, who
             gate, up = gate * first, up * second
         if matrix != "w13":
             down = w.down * factor(turn, "w2", down.shape[1])
-        return turn.through(ExpertWeights(gate, up, down))
+        return turn.through(replace(w, gate=gate, up=up, down=down))
 
     where = "w13 and w2" if matrix == "both" else matrix
     return Mistake("wrong_scales", f"{where}: {text}", rows, {"matrix": matrix, "order": order}, dear=True)
@@ -264,7 +264,7 @@ def reordered(text: str, read: Read, matrix: str) -> Mistake:
             gate, up = split_halves(_fits(torch.cat((gate, up)), read), "gate_up", dim=0)
         if matrix != "w13":
             down = _fits(down, read)
-        return turn.through(ExpertWeights(gate, up, down))
+        return turn.through(replace(turn.weights, gate=gate, up=up, down=down))
 
     where = "w13 and w2" if matrix == "both" else matrix
     return Mistake("weight_order", f"{where}: {text}", rows, {"matrix": matrix}, dear=True)
@@ -277,7 +277,7 @@ def half_stride() -> Mistake:
         halves = [turn.loader.weights((turn.expert + i) // 2) for i in (0, 1)]
         parts = [w.up if (turn.expert + i) % 2 else w.gate for i, w in enumerate(halves)]
         assert parts[0] is not None
-        return turn.through(ExpertWeights(parts[0], parts[1], turn.weights.down))
+        return turn.through(replace(turn.weights, gate=parts[0], up=parts[1]))
 
     text = "w13 is read with half the stride of an expert: experts are taken to be inter rows apart"
     return Mistake("wrong_expert", text, rows, {"stride": "inter"}, dear=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from harness.case import Case
-from harness.whatif import Mistake, Packed, Turn
+from harness.whatif import Mistake, Turn
 from reference.activation import ACTIVATIONS, Activation, join_halves, split_halves, swiglu_bias
-from reference.experts import ExpertWeights
+from reference.experts import linear
 from reference.format import Quantized
 from reference.formats import get
 
@@ -80,7 +80,7 @@ def next_expert(shift: int, matrix: str = "both") -> Mistake:
         own, other = turn.weights, turn.loader.weights(turn.neighbour(shift))
         if matrix != "both":
             first, second = (other, own) if matrix == "w13" else (own, other)
-            other = ExpertWeights(first.gate, first.up, second.down)
+            other = replace(first, down=second.down, down_bias=second.down_bias)
         return turn.through(other)
 
     what = "the weights" if matrix == "both" else f"the {matrix}"
@@ -101,11 +101,12 @@ def scale_roll(matrix: str, blocks: int) -> Mistake:
     def rows(turn: Turn) -> Tensor:
         own, x = turn.loader.packed(turn.expert), turn.done.x
         if matrix == "w2":
-            return turn.done.middle @ _decoded(rolled(own.down, blocks)).T
+            return linear(turn.done.middle, _decoded(rolled(own.down, blocks)), own.biases[2])
         up = None if own.up is None else rolled(own.up, blocks)
         if matrix == "both":
-            return turn.through(Packed(rolled(own.gate, blocks), up, rolled(own.down, blocks)).decode())
-        return turn.activated(x @ _decoded(rolled(own.gate, blocks)).T, None if up is None else x @ _decoded(up).T)
+            return turn.through(replace(own, gate=rolled(own.gate, blocks), up=up, down=rolled(own.down, blocks)).decode())
+        gate = linear(x, _decoded(rolled(own.gate, blocks)), own.biases[0])
+        return turn.activated(gate, None if up is None else linear(x, _decoded(up), own.biases[1]))
 
     where = "w13 and w2" if matrix == "both" else matrix
     text = f"the block scales of {where} are moved by {blocks:+d} block along K"
@@ -128,7 +129,7 @@ def next_scales(shift: int, matrix: str = "both") -> Mistake:
             down = own.down
         assert gate is not None
         assert down is not None
-        return turn.through(Packed(gate, up, down).decode())
+        return turn.through(replace(own, gate=gate, up=up, down=down).decode())
 
     where = "w13 and w2" if matrix == "both" else matrix
     text = f"the scales of {where} are those of expert e {shift:+d}"
@@ -149,7 +150,7 @@ def transposed(matrix: str) -> Mistake:
         w = turn.weights
         if matrix == "w2":
             return turn.through(replace(w, down=flipped(w.down)))
-        return turn.through(ExpertWeights(flipped(w.gate), None if w.up is None else flipped(w.up), w.down))
+        return turn.through(replace(w, gate=flipped(w.gate), up=None if w.up is None else flipped(w.up)))
 
     return Mistake("transposed", f"{matrix} is read transposed", rows, {"matrix": matrix})
 
@@ -177,6 +178,41 @@ def weighted_input(twice: bool) -> Mistake:
     return Mistake("unweighted", text, rows, {"applied": "before and after" if twice else "before the activation"})
 
 
+def weighted_output(twice: bool) -> Mistake:
+    """Where routing weights are due on the input: they multiply the output, instead or too."""
+
+    def rows(turn: Turn) -> Tensor:
+        assert turn.routed is not None
+        w = turn.routed[:, None]
+        if twice:
+            return turn.done.row * w
+        return turn.through(turn.weights, torch.where(w == 0, 0.0, turn.done.x / w)) * w
+
+    text = "the routing weights multiply the output" + (" as well as the input" if twice else ", not the input")
+    return Mistake("unweighted", text, rows, {"applied": "before and after" if twice else "after the experts"})
+
+
+def other_bias(matrix: str, shift: int | None) -> Mistake:
+    """The bias of "w13" or "w2" left out (None), or that of the expert `shift` further."""
+
+    def rows(turn: Turn) -> Tensor:
+        right = turn.loader.biases(turn.expert)
+        wrong = (None,) * 3 if shift is None else turn.loader.biases(turn.neighbour(shift))
+        gate, up, down = (_difference(w, r) for w, r in zip(wrong, right, strict=True))
+        if matrix == "w2":
+            return turn.done.row + down
+        return turn.activated(turn.done.gate + gate, None if turn.done.up is None else turn.done.up + up)
+
+    if shift is None:
+        return Mistake("missing_bias", f"the bias of {matrix} is not added", rows, {"matrix": matrix})
+    text = f"the bias of {matrix} is that of expert e {shift:+d}"
+    return Mistake("wrong_expert", text, rows, {"matrix": f"{matrix}_bias", "shift": shift})
+
+
+def _difference(wrong: Tensor | None, right: Tensor | None) -> Tensor | float:
+    return (0.0 if wrong is None else wrong) - (0.0 if right is None else right)
+
+
 def pre_factor(factor: float) -> Mistake:
     """GEMM 1 off by a factor: a scale of x or w13 applied twice or not at all."""
 
@@ -201,12 +237,35 @@ def guarding(case: Case) -> dict[str, Mistake]:
         found["expert_permutation"] = next_expert(1)
         if get(case.recipe.weights).scaling is not None:
             found["next_expert_scales"] = next_scales(1)
+    return found | _guarding_options(case)
+
+
+def _guarding_options(case: Case) -> dict[str, Mistake]:
+    """The same of biases and of weights on the input."""
+    found: dict[str, Mistake] = {}
+    if case.bias == "bias":
+        found |= {f"lost_bias_{matrix}": other_bias(matrix, None) for matrix in ("w13", "w2")}
+        if case.shape.experts > 1:
+            found["next_expert_bias_w13"] = other_bias("w13", 1)
+        if case.shape.experts > case.shape.top_k:  # of all experts with like weights the sum of what they add stays the same
+            found["next_expert_bias_w2"] = other_bias("w2", 1)
+    if case.weighting == "oninput":
+        found |= {"weight_on_output": weighted_output(False), "weight_twice": weighted_output(True)}
     return found
 
 
 def known_mistakes(case: Case) -> list[Mistake]:
     """Every mistake of this file that would change some case like this one."""
-    return [stale(), *_halves(case), *_tails(case), *_activations(case), *_weights(case), *_scales(case)]
+    found = [stale(), *_halves(case), *_tails(case), *_activations(case), *_weights(case), *_scales(case)]
+    return found + list(_options(case))
+
+
+def _options(case: Case) -> Iterator[Mistake]:
+    if case.bias == "bias":
+        for shift in (None, 1, -1)[: min(3, case.shape.experts)]:
+            yield from (other_bias(matrix, shift) for matrix in ("w13", "w2"))
+    if case.weighting == "oninput":
+        yield from (weighted_output(twice) for twice in (False, True))
 
 
 def _halves(case: Case) -> Iterator[Mistake]:
@@ -239,7 +298,8 @@ def _activations(case: Case) -> Iterator[Mistake]:
 
 
 def _weights(case: Case) -> Iterator[Mistake]:
-    yield from (weighted_input(twice) for twice in (False, True))
+    if case.weighting == "onoutput":
+        yield from (weighted_input(twice) for twice in (False, True))
     yield from (pre_factor(factor) for factor in PRE_FACTORS)
     yield from (transposed(matrix) for matrix in ("w13", "w2"))
     if case.shape.experts > 1:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.batched import groups
 from harness.case import Case
 from harness.inputs import Inputs
 from harness.mistakes import guarding
 from harness.op_answers import answer
 from harness.ratio import Baseline, assumed_rounding
-from harness.whatif import Bystander, Layer, Loader, spread
+from harness.whatif import Bystander, Layer, Loader, experts_of, spread
 from reference.activation import ACTIVATIONS
 from reference.bounds import finalize_variance, independent_errors, middle_error, row_variance
 from reference.exactness import ACCUMULATORS, exact_in_any_order
 from reference.experts import ExpertPass, ExpertWeights, forward
-from reference.moe import Experts, finalize, passes
+from reference.moe import Experts, finalize
 from reference.rounding import Rounding
 from reference.routing import Routing
 
@@ -32,11 +33,12 @@ class Expected:
     """The judge's side of a case, on the CPU, float64.
 
     value, sigma [tokens, hidden]; exact: neither a rounding point nor the order of a GEMM's sums changes the value, so bits
-    must agree; routing; ambiguous [tokens]: rows where another routing is as right; impostors: name -> the output of a
-    wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what expert e adds to the output, computed when
-    asked; independent [tokens]: how many independent errors a right kernel's rows hold; layer: the same layer, for what-if
-    questions; read(output): the values that an output holds, where they are not its own elements; baseline: an emulation to
-    compare with, where sigma is only that of an assumed recipe; by_row: no scale spans the batch, so a token's row is its own.
+    must agree; routing, its weights 1 where they multiplied the input; ambiguous [tokens]: rows where another routing is as
+    right; impostors: name -> the output of a wrong kernel at the tokens `sampled` [n], [n, hidden]; contribution(e): what
+    expert e adds to the output, computed when asked; independent [tokens]: how many independent errors a right kernel's rows
+    hold; layer: the same layer, for what-if questions; read(output): the values that an output holds, where they are not its
+    own elements; baseline: an emulation to compare with, where sigma is only that of an assumed recipe; by_row: no scale
+    spans the batch, so a token's row is its own.
     """
 
     value: Tensor
@@ -90,17 +92,21 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     rows = _Accumulated(zero, zero.clone(), zero.new_zeros(slots, 2), emulated)
     layer, loader, impostors = layer_of(inputs), Loader(inputs), guarding(case) if guard else {}
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
-    experts = Experts(shape.experts, loader.weights, activation)
+    experts = experts_of(case, loader.weights)
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
-    for expert, mine, done, weights in passes(inputs.x, inputs.routing, experts, ideal):
-        rows.row[mine] = done.row
+    if experts.weight_on_input:  # a rounded weight is as known as a rounded x
+        ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight)
+    for group in groups(inputs.x, inputs.routing, experts, (ideal, rounding)):
+        mine, done, weights = group.slots, group.done, group.weights
+        rows.row[mine] = group.rows(done.row)
         middle = middle_error(done, weights, activation, rounding)
-        rows.variance[mine] = row_variance(done, weights, middle, rounding)
-        rows.moments[mine] = middle.moments
+        rows.variance[mine] = group.rows(row_variance(done, weights, middle, rounding))
+        rows.moments[mine] = group.rows(middle.moments)
         if rows.baseline is not None:
-            rows.baseline[mine] = forward(done.x, weights, activation, rounding).row
-        if impostors:
-            bystander.see(expert, mine, done)
+            inside = dataclasses.replace(rounding, x=None) if experts.weight_on_input else rounding
+            rows.baseline[mine] = group.rows(forward(done.x, weights, activation, inside).row)
+        for expert, own, alone in group.alone() if impostors else ():
+            bystander.see(expert, own, alone)
         if case.exact:
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
@@ -149,7 +155,7 @@ def handed(rounding: Rounding, inputs: Inputs) -> Rounding:
 
 
 def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:
-    shape, routing = case.shape, inputs.routing
+    shape, routing = case.shape, dataclasses.replace(inputs.routing, weights=_combining(inputs))
 
     def per_token(x: Tensor) -> Tensor:
         return x.view(shape.tokens, shape.top_k, shape.hidden)
@@ -181,12 +187,12 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
 
 
 def _independent(inputs: Inputs, rows: _Accumulated) -> Tensor:
-    weights = inputs.routing.weights
+    weights = _combining(inputs)
     return independent_errors(rows.moments.view(*weights.shape, 2), weights, inputs.case.shape.hidden).cpu()
 
 
 def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Baseline:
-    shape, weights, carrier = case.shape, inputs.routing.weights, case.recipe.out
+    shape, weights, carrier = case.shape, _combining(inputs), case.recipe.out
     assert rows.baseline is not None
     emulated, ideal = (r.view(shape.tokens, shape.top_k, shape.hidden) for r in (rows.baseline, rows.row))
     combined = dataclasses.replace(rounding, routing_weight=carrier, weighted=carrier, partial=carrier)
@@ -198,7 +204,12 @@ def _baseline(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
 
 def layer_experts(inputs: Inputs) -> Experts:
     """The case's experts as the reference takes them."""
-    return Experts(inputs.case.shape.experts, weight_source(inputs), ACTIVATIONS[inputs.case.activation])
+    return experts_of(inputs.case, weight_source(inputs))
+
+
+def _combining(inputs: Inputs) -> Tensor:
+    """[tokens, top_k]: what the experts' rows are multiplied by in the sum."""
+    return layer_experts(inputs).combining(inputs.routing.weights)
 
 
 def weight_source(inputs: Inputs) -> Callable[[int], ExpertWeights]:
@@ -227,6 +238,7 @@ def _overflows(accumulate: str, done: ExpertPass, weights: ExpertWeights) -> lis
 
 def _contribution(case: Case, inputs: Inputs, expert: int) -> Tensor:
     ids, weights = inputs.routing.ids, inputs.routing.weights
-    mine = torch.where(ids == expert, weights, 0.0).sum(-1)
-    done = forward(inputs.x.double(), weight_source(inputs)(expert), ACTIVATIONS[case.activation])
-    return (done.row * mine[:, None]).cpu()
+    mine = torch.where(ids == expert, weights, 0.0).sum(-1)[:, None]
+    x, outside = (inputs.x * mine, (mine != 0).double()) if case.weighting == "oninput" else (inputs.x, mine)
+    done = forward(x.double(), weight_source(inputs)(expert), ACTIVATIONS[case.activation])
+    return (done.row * outside).cpu()

@@ -214,6 +214,12 @@ def _production(platform: str, tier: config.Tier, backend: Backend, device: Devi
             case = replace(case, activation_format=backend.activation_format)
             if problem := case.problem():
                 raise CaseError(f"tier {tier.name}, production row {row.model}: case {case.id} is impossible: {problem}")
-            if backend.supports(case, device).ok:
-                cases.append(case)
+            cases += [c for c in (_as_served(case, model), case) if c.problem() is None and backend.supports(c, device).ok][:1]
     return cases
+
+
+def _as_served(case: Case, model: config.Production) -> Case:
+    """With the model's biases, and its weights where it applies them."""
+    if model.bias:
+        case = replace(case, bias="bias")
+    return replace(case, weighting="oninput") if model.weight_on_input else case

@@ -15,13 +15,16 @@ from harness import distributed, plan, plan_cache
 from harness.backends import discover
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
+from harness.latency import lane
+from harness.latency.record import Timing
 from harness.select import Item
 from harness.session import Session, detected_platform, device_of, shard_of
-from harness.verdict import Verdict
+from harness.verdict import Status, Verdict
 
 _SESSION = pytest.StashKey[Session]()
 _DEVICE = pytest.StashKey[int]()
 _ERROR = pytest.StashKey[MoecheckError]()
+OFF = "nothing is timed without --latency"
 USER_ERROR = 3  # DESIGN section 7: our or the user's fault
 
 
@@ -35,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--case", action="append", default=[], help="case id or pattern with *; repeatable")
     group.addoption("--plugin", action="append", default=[], metavar="FILE.py", help="file that defines BACKENDS; repeatable")
     group.addoption("--soak", action="store_true", help="all cases in one child that is never recycled")
+    group.addoption(
+        "--latency", action="store_true", help="suites/perf: time the production cases, or the named ones, that pass"
+    )
     group.addoption("--run-dir", help="run folder of `moecheck run`: its plan is run, its journal written")
 
 
@@ -102,6 +108,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "verdict" in metafunc.fixturenames:
         ops = getattr(metafunc.module, "OPS", None)
         items = [i for i in planned(metafunc.config) if ops is None or i.case_id.partition(".")[0] in ops]
+        if "timing" in metafunc.fixturenames:
+            if not metafunc.config.getoption("--latency"):
+                metafunc.parametrize("verdict", [pytest.param(None, marks=pytest.mark.skip(reason=OFF))], ids=["off"])
+                return
+            items = lane.timed(session_of(metafunc.config).plan, items)
         ids = [f"{item.subject}:{item.case_id}" for item in items]
         metafunc.parametrize("verdict", items, ids=ids, indirect=True)
 
@@ -116,6 +127,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the worker."""
     if _SESSION in config.stash:
         config.stash[_SESSION].close()
+
+
+@pytest.fixture
+def timing(request: pytest.FixtureRequest, verdict: Verdict, tmp_path: Path) -> Timing:
+    """How fast the subject of a verdict is; only what PASSED is timed."""
+    if verdict.status is not Status.PASSED:
+        pytest.skip(f"{verdict.status}: only correct kernels are timed")
+    session = session_of(request.config)
+    made = lane.Lane(session.device, session.plan.request.plugins, tmp_path, session.plan.limit_s)
+    return made.time(Item(verdict.case_id, verdict.subject))
 
 
 @pytest.fixture

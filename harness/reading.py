@@ -49,7 +49,7 @@ def parse_json(data: bytes) -> Any:
     """JSON as RFC 8259 has it, in UTF-8: no NaN, no number beyond a double or 64 bits, no key twice, MAX_DEPTH levels."""
     text = data.decode()
     depth = 0
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text) if text.count("[") + text.count("{") > MAX_DEPTH else ():
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
         if depth > MAX_DEPTH:
             raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")

@@ -92,7 +92,7 @@ def _next_step(subject: Subject) -> Finding | None:
 
 def _other_weights(subject: Subject) -> Finding | None:
     """Another layer of the same shapes, prepared and run in between: caches must not confuse the two."""
-    other = variants.other_weights(subject.inputs)
+    other = subject.other_layer
     output = subject.run(subject.prepare(other).call)
     if finding := subject.judge("other_weights", f"case {other.case.id}, run after this one,", other, output):
         return finding
@@ -101,7 +101,7 @@ def _other_weights(subject: Subject) -> Finding | None:
 
 def _weights_in_place(subject: Subject) -> Finding | None:
     """Another layer's weights copied into this launch's buffers, as a reload does: the call must see them."""
-    other = variants.other_weights(subject.inputs)
+    other = subject.other_layer
     source, target = subject.prepare(other).buffers, subject.launch.buffers
     if source.keys() != target.keys() or any(source[n].shape != t.shape for n, t in target.items()):
         return None
@@ -327,6 +327,8 @@ def _handed(subject: Subject) -> str | None:
 
 
 def _two_slots(subject: Subject) -> str | None:
+    if subject.case.weighting == "oninput":
+        return "two weights on the input are not their sum"
     return _handed(subject) or (None if subject.case.shape.top_k > 1 else "top_k is 1")
 
 

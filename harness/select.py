@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import covertable
-
+from harness import covering
 from harness.backends.base import Backend, Device
 from harness.case import NEUTRAL, OPS, Case, Limit, Recipe, Shape, limits_of
 
@@ -80,17 +79,8 @@ def cover(axes: Axes, forbidding: Sequence[Table], strength: int) -> Rows:
         return []
     if not free:
         return [fixed]
-    rows = covertable.make(free, strength=min(strength, len(free)), constraints=[_constraint(table) for table in forbidding])
-    return [{**fixed, **row} for row in rows]
-
-
-def _constraint(table: Table) -> dict[str, Any]:
-    """covertable's form of a table."""
-    return {
-        "operator": "fn",
-        "requires": list(table.axes),
-        "evaluate": lambda row: tuple(row[name] for name in table.axes) in table.allowed,
-    }
+    made = covering.rows(free, min(strength, len(free)), [(table.axes, table.allowed) for table in forbidding])
+    return [{**fixed, **row} for row in made]
 
 
 def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
@@ -100,6 +90,8 @@ def narrowed(axes: Axes, backend: Backend) -> dict[str, list[int | str]] | None:
         "recipe": backend.recipes,
         "activation": backend.activations,
         "routing": backend.routings or axes.get("routing", ()),
+        "bias": backend.biases,
+        "weighting": backend.weightings,
     }
     kept = {name: [v for v in values if v in declared.get(name, values)] for name, values in axes.items()}
     return kept if all(kept.values()) else None

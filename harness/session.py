@@ -12,7 +12,7 @@ from harness.case import Case
 from harness.device import detect
 from harness.errors import MoecheckError, RunFolderError, SelectionError, UnknownName
 from harness.journal import Journal
-from harness.known import mark
+from harness.known import held, in_quarantine, mark
 from harness.plan import Plan
 from harness.select import Item
 from harness.shard import Shard
@@ -116,9 +116,12 @@ class Session:
         return self._worker.probe(subject)[0]
 
     def judge(self, item: Item) -> Verdict:
-        """Judge one item, mark it with its known issue, record it."""
-        verdict = observed.checked(self._worker.judge(Case.parse(item.case_id), item.subject))
-        verdict = mark(verdict, self._known)
+        """Judge one item unless a known issue holds it, mark it with its known issue, record it."""
+        issue = held(item.case_id, item.subject, self.device.arch, self._known)
+        if issue is not None and (probed := self._worker.probe(item.subject))[0].ok:
+            verdict = in_quarantine(issue, item.case_id, probed[1])
+        else:
+            verdict = mark(observed.checked(self._worker.judge(Case.parse(item.case_id), item.subject)), self._known)
         if self.journal is not None:
             self.journal.append(verdict)
         return verdict

@@ -15,7 +15,8 @@ from harness.steady import Judge, signature
 
 # Lowered together: first what saves most. A pair goes to one value, because a defect may want two sizes to be equal.
 SIZE_MOVES = (("hidden", "inter"), ("experts", "top_k"), ("tokens",), ("top_k",), ("experts",), ("hidden",), ("inter",))
-NAME_MOVES = (("skew",), ("routing",), ("activation",), ("fill",), ("seed",))  # nothing to halve: each value is tried
+# nothing to halve: each value is tried
+NAME_MOVES = (("skew",), ("bias",), ("weighting",), ("routing",), ("activation",), ("fill",), ("seed",))
 
 
 @dataclass

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from harness.backends.base import Backend
-from harness.case import LIMITS, OPS, SKEWS, Case, Limit, limits_of
+from harness.case import LIMITS, NEUTRAL, OPS, SKEWS, Case, Limit, limits_of
 from reference.routing import RULES
 
 Value = int | str
 SIZES = ("tokens", "hidden", "inter", "experts", "top_k")
 # Drawn in this order: top_k is at most the experts, and what a case may cost is left to the widths, which the rest needs least.
-ORDER = ("fill", "experts", "routing", "top_k", "tokens", "hidden", "inter", "activation", "skew", "seed")
+ORDER = ("fill", "experts", "routing", "top_k", "tokens", "hidden", "inter", "activation", "skew", "bias", "weighting", "seed")
 PLAIN = {  # what comes first; the rest in the order of its declaration
     "routing": ("renormalize", "default"),
     "activation": ("silu", "swiglu"),
     "fill": ("exact", "real"),
     "skew": ("uniform",),
+    "bias": ("nobias",),
+    "weighting": ("onoutput",),
 }
 SEEDS = 1 << 16
 NARROWEST = 8  # columns drawn: on fewer, stale or zeroed outputs pass by chance, and the verdict is UNTRUSTED
@@ -70,6 +72,7 @@ def below(case: Case, backend: Backend) -> Space:
     largest = {name: max(1, int(case.axes[name])) for name in SIZES}
     op, rules = OPS[case.op], backend.routings or tuple(RULES)
     names = {"routing": rules, "activation": backend.activations, "fill": op.fills, "skew": SKEWS}
+    names |= {"bias": backend.biases, "weighting": backend.weightings}
     names = {name: values if name in op.axes else (str(case.axes[name]),) for name, values in names.items()}
     return _space(largest, names, sorted({0, case.seed}), (*limits_of(case.op), *backend.limits))
 
@@ -78,6 +81,7 @@ def within(axes: Mapping[str, Sequence[Value]], limits: Sequence[Limit]) -> Spac
     """Everything between the levels of a plan's `axes` too: sizes up to the power of two at or above the largest level."""
     largest = {name: 1 << (max(int(v) for v in axes[name]) - 1).bit_length() for name in SIZES}
     names = {name: axes[name] for name in ("routing", "activation", "fill", "skew")}
+    names |= {name: axes.get(name, (str(NEUTRAL[name]),)) for name in ("bias", "weighting")}
     space = _space(largest, names, range(SEEDS), (*LIMITS, *limits))
     wide = {name: space.values[name][NARROWEST - 1 :] for name in ("hidden", "inter")}
     return Space({**space.values, **wide}, space.limits)

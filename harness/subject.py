@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -18,7 +18,7 @@ from harness.inputs import Inputs
 from harness.memory import NAN, poisoned
 from harness.op_answers import promised
 from harness.oracle import Expected, expect
-from harness.variants import copied, judged_on, other_tokens
+from harness.variants import copied, judged_on, other_tokens, other_weights
 from harness.verdict import Finding
 
 T = TypeVar("T")
@@ -70,6 +70,11 @@ class Subject:
     def other(self) -> Inputs:
         """Another step of the same layer."""
         return other_tokens(self.inputs)
+
+    @cached_property
+    def other_layer(self) -> Inputs:
+        """Another layer of the same shapes."""
+        return other_weights(self.inputs)
 
     def prepare(self, inputs: Inputs, copy: bool = True) -> Launch:
         """A launch of the same backend on other inputs, a copy of them unless their strides matter."""
@@ -137,6 +142,22 @@ def malformed(case: Case, output: object, device: Device) -> Finding | None:
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor."""
     return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def equal_bits(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Of pairs of tensors of one shape and dtype on one device, which are equal bit for bit; a GPU is waited for once."""
+    found = [_equal(bits(a), bits(b)) for a, b in pairs]
+    asked = [flag for flag in found if isinstance(flag, Tensor)]
+    answers = iter(torch.stack([flag.to(asked[0].device) for flag in asked]).tolist() if asked else ())
+    return [next(answers) if isinstance(flag, Tensor) else flag for flag in found]
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor | bool:
+    if a.device.type == "cpu":
+        return torch.equal(a, b)
+    if all(raw.numel() % 8 == raw.storage_offset() % 8 == 0 for raw in (a, b)):  # a comparison writes a byte an element
+        a, b = a.view(torch.int64), b.view(torch.int64)
+    return (a == b).all()
 
 
 def same(first: Tensor, second: object) -> bool:

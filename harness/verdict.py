@@ -145,10 +145,10 @@ class Verdict:
         if ranks := self.environment.get("ranks"):
             return self._rerun_on(ranks)
         plugins = "".join(f" --plugin {shlex.quote(p)}" for p in self.plugins)
-        platform = f" --platform {arch}" if (arch := self.environment.get("arch")) else ""
-        after = "".join(f" --after {item}" for f in self.findings for item in f.evidence.get("after", ()))
-        tool = f" --sanitizer {tool}" if (tool := self.environment.get("sanitizer")) else ""
-        return f"moecheck repro {self.case_id} --backend {self.subject}{plugins}{platform}{after}{tool}"
+        platform = f" --platform {shlex.quote(arch)}" if (arch := self.environment.get("arch")) else ""
+        after = "".join(f" --after {shlex.quote(str(item))}" for f in self.findings for item in f.evidence.get("after", ()))
+        tool = f" --sanitizer {shlex.quote(tool)}" if (tool := self.environment.get("sanitizer")) else ""
+        return f"moecheck repro {self.case_id} --backend {shlex.quote(self.subject)}{plugins}{platform}{after}{tool}"
 
     def _rerun_on(self, ranks: str) -> str:
         """On so many ranks, where the subject is BACKEND_epN."""

@@ -16,14 +16,15 @@ from torch import Tensor
 from harness.case import Case
 from harness.inputs import Inputs, make_inputs
 from reference.activation import ACTIVATIONS, Activation
-from reference.experts import ExpertPass, ExpertWeights, forward
+from reference.experts import ExpertPass, ExpertWeights, forward, linear
 from reference.format import Quantized
 from reference.moe import Experts, moe, passes
 from reference.rounding import IDEAL, Rounding
 from reference.routing import Routing
 
 AT_HAND = 3  # experts whose weights stay decoded: the one whose turn it is, and its two neighbours
-KEPT = 2**22  # weights that may stay decoded, 32 MiB of float64: all of a small layer, which is asked again and again
+# weights that may stay decoded, 32 MiB of float64, 1 GiB on a GPU: all of a small layer, which is asked again and again
+KEPT = {"cpu": 2**22, "cuda": 2**27}
 SATURATES = Rounding(
     activated="fp32"
 )  # silu(32) is 32 in fp32 but 32 - 4e-13 in float64: the exact fill is judged as fp32 sees it
@@ -34,16 +35,18 @@ DECODE_WORK = 16  # multiply-adds that drawing and decoding one weight costs as 
 
 @dataclass(frozen=True)
 class Packed:
-    """One expert's weights as stored: gate and up [inter, hidden] (up None when not gated), down [hidden, inter]."""
+    """One expert's weights as stored: gate and up [inter, hidden] (up None when not gated), down [hidden, inter]; biases: its
+    own of gate, up and down, float64 or None."""
 
     gate: Quantized
     up: Quantized | None
     down: Quantized
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
     def decode(self) -> ExpertWeights:
         """The same as numbers, float64."""
         up = None if self.up is None else self.up.format.decode(self.up)
-        return ExpertWeights(self.gate.format.decode(self.gate), up, self.down.format.decode(self.down))
+        return ExpertWeights(self.gate.format.decode(self.gate), up, self.down.format.decode(self.down), *self.biases)
 
 
 class Loader:
@@ -52,34 +55,46 @@ class Loader:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         shape = inputs.case.shape
-        self.room = max(AT_HAND, KEPT // max(1, 3 * shape.hidden * shape.inter))
+        self.room = max(AT_HAND, KEPT[inputs.x.device.type] // max(1, 3 * shape.hidden * shape.inter))
         self._packed: dict[int, Packed] = {}
-        self._decoded: dict[int, ExpertWeights] = {}
+        self._decoded: dict[tuple[str, int], ExpertWeights] = inputs.drawn.decoded if inputs.own_experts else {}
 
     def packed(self, expert: int) -> Packed:
         """The stored weights of one expert."""
         if expert not in self._packed:
             _make_room(self._packed, self.room)
-            self._packed[expert] = Packed(*self.inputs.gate_up(expert), self.inputs.down(expert))
+            self._packed[expert] = Packed(*self.inputs.gate_up(expert), self.inputs.down(expert), self.biases(expert))
         return self._packed[expert]
+
+    def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of gate, up and down of one expert, float64 or None."""
+        gate, up = self.inputs.gate_up_bias(expert)
+        gate, up, down = (None if b is None else b.double() for b in (gate, up, self.inputs.down_bias(expert)))
+        return gate, up, down
 
     def weights(self, expert: int) -> ExpertWeights:
         """The decoded weights of one expert, float64."""
-        if expert not in self._decoded:
+        key = (self.inputs.device, expert)
+        if key not in self._decoded:
             _make_room(self._decoded, self.room)
-            self._decoded[expert] = self.packed(expert).decode()
-        return self._decoded[expert]
+            self._decoded[key] = self.packed(expert).decode()
+        return self._decoded[key]
 
 
-def _make_room(kept: dict[int, Any], room: int) -> None:
+def experts_of(case: Case, weights: Callable[[int], ExpertWeights]) -> Experts:
+    """The case's experts as the reference takes them."""
+    return Experts(case.shape.experts, weights, ACTIVATIONS[case.activation], weight_on_input=case.weighting == "oninput")
+
+
+def _make_room(kept: dict[Any, Any], room: int) -> None:
     while len(kept) >= room:
         del kept[next(iter(kept))]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One expert's turn over n slots: `done` is the right pass of their rows, weight [n] their routing weights, stale
-    [n, hidden] what the previous call's x was in those rows."""
+    """One expert's turn over n slots: `done` is the right pass of their rows, weight [n] what their outputs are multiplied by,
+    stale [n, hidden] what the previous call's x was in those rows; routed [n]: the weights that multiplied x, if any did."""
 
     loader: Loader
     expert: int
@@ -87,6 +102,7 @@ class Turn:
     weight: Tensor
     stale: Tensor
     rounding: Rounding = IDEAL
+    routed: Tensor | None = None
 
     @property
     def activation(self) -> Activation:
@@ -113,7 +129,7 @@ class Turn:
 
     def finished(self, middle: Tensor) -> Tensor:
         """Rows [n, hidden] from another input of GEMM 2 [n, inter]."""
-        return middle @ self.weights.down.T
+        return linear(middle, self.weights.down, self.weights.down_bias)
 
 
 @dataclass(frozen=True)
@@ -190,7 +206,7 @@ class Layer:
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """The output [n, hidden] of tokens [n] under another routing of them, float64, CPU."""
-        experts = Experts(self.case.shape.experts, self.loader.weights, ACTIVATIONS[self.case.activation])
+        experts = experts_of(self.case, self.loader.weights)
         return moe(self.inputs.x[tokens.to(self.inputs.device)], routing, experts, self.rounding).cpu()
 
 
@@ -209,14 +225,21 @@ def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tup
     mine = Routing(routing.ids[tokens], routing.weights[tokens], routing.margin[tokens])
     rows = torch.zeros(len(tokens) * shape.top_k, shape.hidden, dtype=torch.float64, device=inputs.device)
     collected = Collected(mistakes, scopes, len(tokens), rows)
-    experts = Experts(shape.experts, loader.weights, ACTIVATIONS[layer.case.activation])
+    experts = experts_of(layer.case, loader.weights)
+    weights = experts.combining(mine.weights).flatten()
     for expert, slots, done, _ in passes(inputs.x[tokens], mine, experts, layer.rounding):
-        stale = layer.stale[tokens[slots // shape.top_k]]
-        turn = Turn(loader, expert, done, mine.weights.flatten()[slots], stale, layer.rounding)
+        routed = mine.weights.flatten()[slots] if experts.weight_on_input else None
+        stale = _as_read(layer.stale[tokens[slots // shape.top_k]], routed)
+        turn = Turn(loader, expert, done, weights[slots], stale, layer.rounding, routed)
         collected.add(turn, slots // shape.top_k)
         rows[slots] = done.row
     deltas = {key: delta.cpu() for key, delta in collected.deltas.items()}
     return Study(tokens.cpu(), rows.view(len(tokens), shape.top_k, shape.hidden).cpu(), deltas)
+
+
+def _as_read(x: Tensor, routed: Tensor | None) -> Tensor:
+    """x [n, hidden] as GEMM 1 gets it."""
+    return x if routed is None else x * routed[:, None]
 
 
 class Collected:
@@ -250,7 +273,8 @@ class Bystander:
         inputs = loader.inputs
         self.place = torch.full((len(inputs.x),), -1, dtype=torch.int64, device=inputs.device)
         self.place[tokens] = torch.arange(len(tokens), device=inputs.device)
-        self.weights = inputs.routing.weights.flatten()
+        self.routed = inputs.routing.weights.flatten() if layer.case.weighting == "oninput" else None
+        self.weights = experts_of(layer.case, loader.weights).combining(inputs.routing.weights).flatten()
         like = torch.zeros(0, layer.case.shape.hidden, dtype=torch.float64, device=inputs.device)
         self.collected = Collected(mistakes, (), len(tokens), like)
         active = inputs.routing.ids[tokens].unique().tolist()
@@ -264,8 +288,9 @@ class Bystander:
             return
         up = None if done.up is None else done.up[mine]
         part = ExpertPass(done.x[mine], done.gate[mine], up, done.middle[mine], done.row[mine])
-        stale = self.layer.stale[tokens[mine]]
-        turn = Turn(self.loader, expert, part, self.weights[slots[mine]], stale, self.layer.rounding)
+        routed = None if self.routed is None else self.routed[slots[mine]]
+        stale = _as_read(self.layer.stale[tokens[mine]], routed)
+        turn = Turn(self.loader, expert, part, self.weights[slots[mine]], stale, self.layer.rounding, routed)
         self.collected.add(turn, self.place[tokens[mine]])
 
     def outputs(self, value: Tensor) -> list[Tensor]:

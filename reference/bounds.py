@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reference.activation import Activation
-from reference.experts import ExpertPass, ExpertWeights, combined
+from reference.experts import ExpertPass, ExpertWeights, combined, product_of
 from reference.format import expand_blocks, to_blocks
 from reference.grid import FLOATS, FP32, binade
 from reference.rounding import IDEAL, Rounding
@@ -56,7 +56,7 @@ def accumulation_variance(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     q is taken from the rows' mean squares (of b over at most SAMPLED columns), so a and b are not multiplied again.
     """
     terms = a.shape[-1]
-    mean_square = a.square().mean(-1)[:, None] * b[:, :: -(-terms // SAMPLED)].square().mean(-1)[None, :]
+    mean_square = a.square().mean(-1)[..., :, None] * b[..., :: -(-terms // SAMPLED)].square().mean(-1)[..., None, :]
     relative = 2.0 ** (-2 * FP32.mantissa_bits) * MEAN_SQUARED_ULP / 12
     return (mean_square * (terms**2 / 6) + total.square() * (terms / 3)) * relative
 
@@ -66,28 +66,33 @@ def middle_error(done: ExpertPass, weights: ExpertWeights, activation: Activatio
     if not rounding.quantises:
         return MiddleError(_middle_variance(done, weights, activation, rounding))
     sums = _middle_variance(done, weights, activation, IDEAL)  # float roundings are part of what is known
-    return MiddleError(sums, known_error(done, activation, rounding))
+    return MiddleError(sums, known_error(done, weights, activation, rounding))
 
 
-def known_error(done: ExpertPass, activation: Activation, rounding: Rounding) -> Tensor:
+def known_error(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
     """[rows, intermediate]: the middle with every rounding point before GEMM 2, minus the ideal one. A kernel's values differ
     from these by its fp32 sums, which rarely cross a 4- or 8-bit midpoint, and one that does errs by as much with the other
     sign. So scales fitted to rounded values, values on a grid already and the bias of a format are what the kernel has."""
-    gate = rounding.at("gate_up", done.gate)
-    up = None if done.up is None else rounding.at("gate_up", done.up)
+
+    def kept(total: Tensor, bias: Tensor | None) -> Tensor:
+        product = rounding.at("product", product_of(total, bias))
+        return rounding.at("gate_up", product if bias is None else product + bias)
+
+    gate = kept(done.gate, weights.gate_bias)
+    up = None if done.up is None else kept(done.up, weights.up_bias)
     return combined(gate, up, activation, rounding) - done.middle
 
 
 def _middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activation, rounding: Rounding) -> Tensor:
     """[rows, intermediate]: variance of the middle by roundings and sums, each independent of the others."""
     by_gate, by_up = _partials(done, activation)
-    gate_variance = rounding_variance(rounding, "gate_up", done.gate) + accumulation_variance(done.x, weights.gate, done.gate)
+    gate_variance = _sum_of_gemm(rounding, "gate_up", (done.x, weights.gate, weights.gate_bias), done.gate)
     activated = activation.scalar(done.gate)
     linear = torch.ones_like(activated)
     middle = by_gate.square() * gate_variance
     if done.up is not None and weights.up is not None:
         linear = activation.linear(done.up)
-        up_variance = rounding_variance(rounding, "gate_up", done.up) + accumulation_variance(done.x, weights.up, done.up)
+        up_variance = _sum_of_gemm(rounding, "gate_up", (done.x, weights.up, weights.up_bias), done.up)
         middle = middle + by_up.square() * up_variance
     middle = middle + _activated_variance("activated", done.gate, activated, rounding) * linear.square()
     if done.up is None and rounding.activated is None:
@@ -97,6 +102,16 @@ def _middle_variance(done: ExpertPass, weights: ExpertWeights, activation: Activ
     else:
         own = rounding_variance(rounding, "middle", done.middle)
     return middle + own + (done.middle * ACTIVATION_ERROR).square()
+
+
+def _sum_of_gemm(rounding: Rounding, point: str, gemm: tuple[Tensor, Tensor, Tensor | None], total: Tensor) -> Tensor:
+    """Variance of total = a @ b.T + bias, gemm = (a, b, bias), that leaves through `point`."""
+    a, b, bias = gemm
+    product = product_of(total, bias)
+    variance = rounding_variance(rounding, point, total) + accumulation_variance(a, b, product)
+    if bias is None and rounding.product is None:
+        return variance
+    return variance + rounding_variance(rounding, "product", product) + (0 if bias is None else FP32.ulp(total).square() / 12)
 
 
 def _activated_variance(point: str, gate: Tensor, activated: Tensor, rounding: Rounding) -> Tensor:
@@ -112,9 +127,8 @@ def _activated_variance(point: str, gate: Tensor, activated: Tensor, rounding: R
 def row_variance(done: ExpertPass, weights: ExpertWeights, middle: MiddleError, rounding: Rounding) -> Tensor:
     """Variance of one expert's output rows [rows, hidden], float64."""
     down = weights.down.float()  # a variance is wanted to a percent: float32 halves the traffic
-    row = middle.random.float() @ down.square().T if middle.known is None else _known_square(middle, down)
-    row = row.double() + accumulation_variance(done.middle, weights.down, done.row)
-    return row + rounding_variance(rounding, "row", done.row)
+    row = middle.random.float() @ down.square().mT if middle.known is None else _known_square(middle, down)
+    return row.double() + _sum_of_gemm(rounding, "row", (done.middle, weights.down, weights.down_bias), done.row)
 
 
 def _known_square(middle: MiddleError, down: Tensor) -> Tensor:

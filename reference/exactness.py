@@ -50,7 +50,8 @@ ACCUMULATORS = {
 
 
 def exact_in_any_order(a: Tensor, b: Tensor, accumulator: Accumulator) -> bool:
-    """True if a [rows, K] @ b [columns, K].T, float64, is exact in `accumulator` whatever the order of the sums."""
+    """True if a [rows, K] @ b [columns, K].T, float64, is exact in `accumulator` whatever the order of the sums; of several
+    such pairs, one after another along leading axes, if all are."""
     if not a.numel() or not b.numel() or _bounded(a, b, accumulator):
         return True
     if accumulator.slab is None:
@@ -83,6 +84,6 @@ def _bounded(a: Tensor, b: Tensor, accumulator: Accumulator) -> bool:
 def _fits(a: Tensor, b: Tensor, accumulator: Accumulator) -> bool:
     """The condition element by element: one GEMM of magnitudes, in units of each row's own smallest bit."""
     of_a, of_b = lowest_bit(a), lowest_bit(b)
-    total, unit = (a.abs() / of_a) @ (b.abs() / of_b).T, of_a * of_b.T
+    total, unit = (a.abs() / of_a) @ (b.abs() / of_b).mT, of_a * of_b.mT
     ranged = (total * unit <= accumulator.largest) & ((unit >= accumulator.least) | (total == 0))
     return bool(((total <= accumulator.units) & ranged).all())

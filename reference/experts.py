@@ -13,7 +13,8 @@ from reference.rounding import IDEAL, Rounding
 @dataclass(frozen=True)
 class ExpertWeights:
     """Decoded weights of one expert, float64: gate and up [intermediate, hidden] (up None when not gated),
-    down [hidden, intermediate]; biases [intermediate] and [hidden], added in the accumulator, or None."""
+    down [hidden, intermediate]; biases [intermediate] and [hidden], added to what GEMMs sum up, or None. Of several experts
+    at once: a leading axis, biases [experts, 1, ...]."""
 
     gate: Tensor
     up: Tensor | None
@@ -25,7 +26,8 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertPass:
-    """x [rows, hidden] through one expert: gate, up, middle [rows, intermediate] and row [rows, hidden], float64."""
+    """x [rows, hidden] through one expert: gate, up, middle [rows, intermediate] and row [rows, hidden], float64. Of several
+    experts at once: a leading axis."""
 
     x: Tensor
     gate: Tensor
@@ -37,10 +39,10 @@ class ExpertPass:
 def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding: Rounding = IDEAL) -> ExpertPass:
     """row = down @ act(gate @ x, up @ x), each intermediate passing through its rounding point."""
     x = rounding.at("x", x)
-    gate = rounding.at("gate_up", linear(x, weights.gate, weights.gate_bias))
-    up = None if weights.up is None else rounding.at("gate_up", linear(x, weights.up, weights.up_bias))
+    gate = rounding.at("gate_up", linear(x, weights.gate, weights.gate_bias, rounding))
+    up = None if weights.up is None else rounding.at("gate_up", linear(x, weights.up, weights.up_bias, rounding))
     middle = combined(gate, up, activation, rounding)
-    return ExpertPass(x, gate, up, middle, rounding.at("row", linear(middle, weights.down, weights.down_bias)))
+    return ExpertPass(x, gate, up, middle, rounding.at("row", linear(middle, weights.down, weights.down_bias, rounding)))
 
 
 def combined(gate: Tensor, up: Tensor | None, activation: Activation, rounding: Rounding) -> Tensor:
@@ -51,7 +53,12 @@ def combined(gate: Tensor, up: Tensor | None, activation: Activation, rounding: 
     return rounding.at("middle", middle)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [rows, in] @ weight [out, in].T, plus bias [out]."""
-    product = x @ weight.T
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: Rounding = IDEAL) -> Tensor:
+    """x [rows, in] @ weight [out, in].T, through the point "product", plus bias [out]."""
+    product = rounding.at("product", x @ weight.mT)
     return product if bias is None else product + bias
+
+
+def product_of(total: Tensor, bias: Tensor | None) -> Tensor:
+    """What was summed up before the bias was added."""
+    return total if bias is None else total - bias

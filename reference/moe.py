@@ -6,7 +6,7 @@ y[t] = sum over k of weight[t, k] * down_e @ act(gate_e @ x[t], up_e @ x[t]),   
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Experts:
     """The experts of a layer. `weights(e)` decodes one expert when asked, so memory stays linear in one.
 
     shared: an expert every token passes with weight 1 (DeepSeek-V3, Llama-4); weight_on_input: the routing weight multiplies
-    x before GEMM 1 instead of the expert's output (Llama-4, apply_router_weight_on_input in vLLM).
+    what GEMM 1 reads, or its sums, instead of the expert's output (Llama-4, apply_router_weight_on_input in vLLM).
     """
 
     count: int
@@ -32,20 +32,31 @@ class Experts:
     shared: ExpertWeights | None = None
     weight_on_input: bool = False
 
+    def combining(self, weights: Tensor) -> Tensor:
+        """[tokens, top_k]: what the experts' outputs are multiplied by, 1 where x was multiplied already."""
+        return torch.ones_like(weights) if self.weight_on_input else weights
+
 
 def passes(
     x: Tensor, routing: Routing, experts: Experts, rounding: Rounding = IDEAL
 ) -> Iterator[tuple[int, Tensor, ExpertPass, ExpertWeights]]:
     """(expert, slots, pass, weights) of every expert that received a token; slot = token * top_k + k."""
     groups = dispatch(routing.ids, experts.count)
-    top_k = routing.ids.shape[1]
     for expert in groups.offsets.diff().nonzero().flatten().tolist():
         slots = groups.slots(expert)
-        rows = x[slots // top_k].double()
-        if experts.weight_on_input:
-            rows = rows * rounding.at("routing_weight", routing.weights.flatten()[slots, None])
+        rows, inside = entering(x, slots, routing, experts, rounding)
         decoded = experts.weights(expert)
-        yield expert, slots, forward(rows, decoded, experts.activation, rounding), decoded
+        yield expert, slots, forward(rows, decoded, experts.activation, inside), decoded
+
+
+def entering(x: Tensor, slots: Tensor, routing: Routing, experts: Experts, rounding: Rounding) -> tuple[Tensor, Rounding]:
+    """What experts read for `slots` [...]: rows [..., hidden] float64, and the roundings that remain for them."""
+    rows = x[slots // routing.ids.shape[1]].double()
+    if not experts.weight_on_input:
+        return rows, rounding
+    # after x is quantised: kernels multiply the sums, what they read is on a grid
+    rows = rounding.at("x", rows) * rounding.at("routing_weight", routing.weights.flatten()[slots].unsqueeze(-1))
+    return rows, replace(rounding, x=None)
 
 
 def finalize(rows: Tensor, weights: Tensor, rounding: Rounding = IDEAL, shared: Tensor | None = None) -> Tensor:
@@ -64,6 +75,6 @@ def moe(x: Tensor, routing: Routing, experts: Experts, rounding: Rounding = IDEA
     rows = torch.zeros(tokens * top_k, x.shape[1], dtype=torch.float64, device=x.device)
     for _, slots, result, _ in passes(x, routing, experts, rounding):
         rows[slots] = result.row
-    weights = torch.ones_like(routing.weights) if experts.weight_on_input else routing.weights
+    weights = experts.combining(routing.weights)
     shared = None if experts.shared is None else forward(x.double(), experts.shared, experts.activation, rounding).row
     return finalize(rows.view(tokens, top_k, x.shape[1]), weights, rounding, shared)

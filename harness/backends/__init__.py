@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from harness.backends.base import Backend, always
-from harness.case import AXES, OPS, Recipe
+from harness.case import AXES, BIASES, OPS, WEIGHTINGS, Recipe
 from harness.errors import MoecheckError, PluginError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
@@ -120,6 +120,8 @@ def _check_names(origin: str, backend: Backend) -> None:
         for kind, given, known in (
             ("activation", backend.activations, tuple(ACTIVATIONS)),
             ("routing", backend.routings, tuple(RULES)),
+            ("bias", backend.biases, BIASES),
+            ("weighting", backend.weightings, WEIGHTINGS),
             ("axis of a limit", tuple(a for limit in backend.limits for a in limit.axes), AXES),
         ):
             for name in given:

@@ -8,8 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.case import Case, Limit
 from harness.inputs import Inputs
 from reference import layouts
+
+
+def some_tokens(source: str) -> Limit:
+    """For a kernel of a block a token: CUDA refuses a grid of none, and the error is the next launch's (docs/findings.md)."""
+
+    def problem(case: Case) -> str | None:
+        return None if case.shape.tokens else f"it launches a block a token, and CUDA refuses a grid of none ({source})"
+
+    return Limit(("tokens",), problem)
 
 
 def matrix(codes: Tensor, scales: Tensor) -> Tensor:

@@ -90,6 +90,17 @@ def pack(case: Case, inputs: Inputs, up_first: bool = False, one_factor: bool = 
     return w13, w2
 
 
+def biases(inputs: Inputs, dtype: torch.dtype, up_first: bool = False) -> dict[str, Tensor]:
+    """w13_bias [experts, rows of w13] and w2_bias [experts, hidden] of the rank's experts, in the order of `pack`; nothing
+    where there are none. 16-bit types hold them as they are."""
+    if inputs.case.bias == "nobias":
+        return {}
+    halves = [[b for b in inputs.gate_up_bias(expert) if b is not None] for expert in inputs.local]
+    first = torch.stack([torch.cat(parts[::-1] if up_first else parts) for parts in halves])
+    second = torch.stack([b for expert in inputs.local if (b := inputs.down_bias(expert)) is not None])
+    return {"w13_bias": first.to(dtype), "w2_bias": second.to(dtype)}
+
+
 def joint(halves: Sequence[Quantized]) -> list[Quantized]:
     """The same values with one factor for all: what a checkpoint's loader does for a kernel that takes one per expert. The
     factors differ by powers of two (harness/fills.py), so scales or codes are shifted without rounding; ValueError if not."""

@@ -160,7 +160,8 @@ def step_buffers(inputs: Inputs, routed: bool) -> dict[str, Tensor]:
     if routed:
         return {"x": inputs.x.contiguous(), "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
     bias = {} if inputs.bias is None else {"bias": inputs.bias}
-    return {"x": inputs.x.contiguous(), "logits": inputs.logits.contiguous(), **bias}
+    logits = inputs.logits.bfloat16() if inputs.case.weighting == "oninput" else inputs.logits  # check_routing asks for it
+    return {"x": inputs.x.contiguous(), "logits": logits.contiguous(), **bias}
 
 
 def layer_arguments(library: Library, case: Case, local: range, routed: bool) -> dict[str, object]:
@@ -211,5 +212,10 @@ def bind(name: str, packed: Packed, case: Case, inputs: Inputs) -> Launch:
         return call(lambda: {"output": buffer})
 
     tactics: dict[str, Callable[[], Tensor]] = {key: partial(call, make) for key, make in packed.tactics.items()}
-    tactics["unfinalized"] = lambda: finalized(*result(do_finalize=False))
+
+    def unfinalized() -> Tensor:
+        rows, weights, index = result(do_finalize=False)
+        return finalized(rows, torch.ones_like(weights) if case.weighting == "oninput" else weights, index)
+
+    tactics["unfinalized"] = unfinalized
     return Launch(call, buffers, out=out, tactics=tactics)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.backends._packing import Stack, pack
+from harness.backends._packing import Stack, biases, pack
 from harness.backends._trtllm import BLOCK_BYTES, MEMBERS, Library, Packed, activation_parameters, epilogue_scales, gated
 from harness.case import Case
 from harness.guard import Argument
@@ -109,7 +109,7 @@ def fp8_tensor(case: Case, inputs: Inputs) -> Packed:
     )
     limit = activation_parameters(case, scales["gate"], experts, inputs.device)["gemm1_clamp_limit"]
     weights |= {} if limit is None else {"gemm1_clamp_limit": limit}  # counted in this layer's accumulators
-    fixed = {**activation_member(case, library), "use_routing_scales_on_input": False}
+    fixed = {**activation_member(case, library), "use_routing_scales_on_input": case.weighting == "oninput"}
     acts = partial(quantised, case, inputs)
     return Packed(weights, fixed, lambda x: {"hidden_states": acts(x).codes.view(FP8)}, contract, {})
 
@@ -202,12 +202,25 @@ def fp4(case: Case, inputs: Inputs) -> Packed:
     if case.recipe.acts != "bf16":
         contract.append(Argument("hidden_states_scale", FP8, (tokens, hidden // vector), contiguous=True))
     parameters = activation_parameters(case, weights.get("output1_scale_gate_scalar"), experts, inputs.device)
+    weights |= _fp4_biases(inputs, library, gated(case))
+    lengths = {"gemm1_bias": rows, "gemm2_bias": hidden}
+    contract += [Argument(name, torch.float32, (experts, n), contiguous=True) for name, n in lengths.items() if name in weights]
     absent = ("gemm1_bias", "gemm2_bias", "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
     weights |= {name: value for name, value in parameters.items() if value is not None}
     missing = [name for name in (*absent, *parameters) if name not in weights]
     fixed = {**dict.fromkeys(missing), **activation_member(case, library)}
     fixed["hidden_states_scale_layout"] = library.member("SfLayout", "layout_linear")
     return Packed(weights, fixed, partial(_fp4_activations, case, inputs), tuple(contract), {})
+
+
+def _fp4_biases(inputs: Inputs, library: Library, reorder: bool) -> dict[str, Tensor]:
+    """float32 [experts, rows] with the rows of their weights; added to the accumulators."""
+    added = biases(inputs, torch.float32, up_first=True)
+    if not added:
+        return {}
+    first, second = (added[name].unsqueeze(-1) for name in ("w13_bias", "w2_bias"))
+    shuffled = (library.shuffled(first, reorder), library.shuffled(second, False))
+    return {f"gemm{i}_bias": bias.squeeze(-1).contiguous() for i, bias in enumerate(shuffled, 1)}
 
 
 def _fp4_weights(case: Case, inputs: Inputs, library: Library) -> dict[str, Tensor]:

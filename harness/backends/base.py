@@ -83,8 +83,9 @@ class Backend:
     the other ops returns is said in harness/op_answers.py.
     name: unique; library: the distribution whose version is recorded; deterministic: the same call twice gives the same
     bits (no default: say it); recipes, activations, routings, archs: what it takes, by name. routings is empty for a
-    kernel that is handed top-k ids and weights. rounding(case): where it rounds, None where that is not known. probe(device):
-    can it run here at all, asked in the child. limits: what else it refuses, with the axes each limit looks at.
+    kernel that is handed top-k ids and weights. biases, weightings: of `harness.axes`, what it takes.
+    rounding(case): where it rounds, None where that is not known. probe(device): can it run here at all, asked in the child.
+    limits: what else it refuses, with the axes each limit looks at.
     prepare(case, inputs): pack and bind. exempt: check of harness/relations.py -> why it is not promised here.
     expert_parallel: it reads `inputs.local`, skips the slots of other ranks' experts and adds nothing for them.
     prints: regular expressions of lines that its library prints when something failed and it carries on; they become notes.
@@ -120,6 +121,8 @@ class Backend:
     recorded: Callable[[str], Inputs] | None = None
     script: Callable[[Case], str] | None = None
     op: str = "moe"
+    biases: tuple[str, ...] = ("nobias",)
+    weightings: tuple[str, ...] = ("onoutput",)
 
     def supports(self, case: Case, device: Device) -> Support:
         """Does it take this case on this device? Declarations only: no library is imported, nothing runs."""
@@ -132,6 +135,8 @@ class Backend:
             ("activation", case.activation, self.activations),
             ("routing", case.routing, self.routings or (case.routing,)),
             ("activation_format", case.activation_format, (self.activation_format,)),
+            ("bias", case.bias, self.biases),
+            ("weighting", case.weighting, self.weightings),
         ):
             if what in OPS[self.op].axes and given not in known:
                 return Support.no("case", f"{what.replace('_', ' ')} {given}: takes {', '.join(known)}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from harness.backends._ops import some_tokens
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import Case
 from harness.entry import needs, resolve
 from harness.inputs import Inputs
 from reference.rounding import Rounding
@@ -22,10 +23,6 @@ def prepare(name: str, case: Case, inputs: Inputs) -> Launch:
     return Launch(lambda: function(x), {"x": x}, out=lambda buffer: function(x, out=buffer))
 
 
-def _no_tokens(case: Case) -> str | None:
-    return None if case.shape.tokens else "it launches a block a token, and CUDA refuses a grid of none (jit/activation.py)"
-
-
 BACKENDS = tuple(
     Backend(
         name=f"flashinfer_{name}",
@@ -38,7 +35,7 @@ BACKENDS = tuple(
         rounding=lambda case: Rounding(out=case.recipe.out),
         probe=needs(f"{HOME}.{name}"),
         prepare=partial(prepare, name),
-        limits=(Limit(("tokens",), _no_tokens),),
+        limits=(some_tokens("jit/activation.py"),),
         exempt={"strided_inputs": DENSE, "out_strided": DENSE},
         entries=(f"{HOME}.{name}",),
         twinned=True,

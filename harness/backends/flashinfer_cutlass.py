@@ -15,8 +15,9 @@ from torch import Tensor
 
 from harness.backends._flashinfer import ACTIVATION_TYPE, Placement, activation_type, built, known, whole
 from harness.backends._flashinfer_modes import Packed, fp8_block, fp8_tensor, mxfp4_mxfp8, mxfp8, nvfp4, plain, w4a8, w4a16
+from harness.backends._packing import biases
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, Case, Limit
 from harness.entry import resolve
 from harness.guard import Argument
 from harness.inputs import Inputs
@@ -53,10 +54,14 @@ class Mode:
     flags: Mapping[str, bool] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     entries: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ("nobias",)
 
     def rounding(self, case: Case) -> Rounding:
-        """GEMM 1 writes to memory, a second kernel activates in fp32; the finalize sums in fp32: reference/recipes.py."""
+        """GEMM 1 writes to memory, a second kernel activates in fp32; the finalize sums in fp32: reference/recipes.py. Both
+        add the biases in fp32 to what the GEMMs wrote (doActivationKernel, finalizeMoeRoutingKernel)."""
         out = case.recipe.out
+        if case.bias == "bias":
+            return Rounding(x=self.x, product=out, middle=self.middle.format(out=out), out=out)
         return Rounding(x=self.x, gate_up=out, middle=self.middle.format(out=out), row=out, out=out)
 
 
@@ -65,7 +70,8 @@ def prepare(mode: Mode, case: Case, inputs: Inputs) -> Launch:
     packed, place = mode.pack(case, inputs), Placement.of(inputs)
     step = {"x": inputs.x, "ids": inputs.topk_ids.int(), "topk_weights": inputs.topk_weights}
     options = _options(case, inputs, len(inputs.local))
-    buffers = {**step, "w13": packed.w13, "w2": packed.w2, **packed.tensors, **options}
+    added = biases(inputs, get(case.recipe.out).torch_dtype or torch.bfloat16, up_first=True)
+    buffers = {**step, "w13": packed.w13, "w2": packed.w2, **packed.tensors, **options, **added}
     moe = resolve(ENTRY, inputs.device)
     out_dtype = get(case.recipe.out).torch_dtype
     flags = {**mode.flags, **known(moe, use_fused_finalize=False)}  # a sum by atomics has other bits every time; 0.6.15
@@ -80,6 +86,8 @@ def prepare(mode: Mode, case: Case, inputs: Inputs) -> Launch:
             fc2_expert_weights=packed.w2,
             output_dtype=out_dtype,
             quant_scales=list(packed.tensors.values()),
+            fc1_expert_biases=added.get("w13_bias"),
+            fc2_expert_biases=added.get("w2_bias"),
             ep_size=place.size,
             ep_rank=place.rank,
             output=output,
@@ -121,7 +129,11 @@ def contract(case: Case, packed: Packed, experts: int) -> tuple[Argument, ...]:
         Argument("w13", shape=(experts, "rows", "row bytes"), contiguous=True, align=16),
         Argument("w2", shape=(experts, shape.hidden, "inter bytes"), contiguous=True, align=16),
     )
-    return (*step, *weights, *packed.contract)
+    added = (
+        Argument("w13_bias", get(case.recipe.out).torch_dtype, (experts, "rows"), contiguous=True),
+        Argument("w2_bias", get(case.recipe.out).torch_dtype, (experts, shape.hidden), contiguous=True),
+    )
+    return (*step, *weights, *packed.contract, *(added if case.bias == "bias" else ()))
 
 
 def no_tokens(case: Case) -> str | None:
@@ -138,7 +150,15 @@ def whole_tiles(case: Case) -> str | None:
 
 
 MODES = (
-    Mode("bf16", ("bf16", "fp16"), (*HOPPER, *DATACENTER), plain, (8, 8), "128-bit rows (binding, min_alignment)"),
+    Mode(
+        name="bf16",
+        recipes=("bf16", "fp16"),
+        archs=(*HOPPER, *DATACENTER),
+        pack=plain,
+        multiple=(8, 8),
+        why="128-bit rows (binding, min_alignment)",
+        biases=BIASES,
+    ),
     Mode(
         name="fp8",
         recipes=("fp8_tensor-fp8_tensor", "fp8_tensor-fp8_tensor-fp8_tensor-fp16"),
@@ -169,6 +189,7 @@ MODES = (
         why="the scale fold holds 64 rows x 128 elements (interleave_moe_scales_for_sm90_mixed_gemm)",
         flags={"use_w4_group_scaling": True},
         entries=(WEIGHTS, SCALES),
+        biases=BIASES,
     ),
     Mode(
         name="w4a8",
@@ -196,6 +217,7 @@ MODES = (
     Mode(
         name="mxfp8_mxfp4",
         recipes=("mxfp4-mxfp8",),
+        biases=BIASES,
         archs=(*DATACENTER, "sm120"),
         pack=mxfp4_mxfp8,
         multiple=(128, 128),
@@ -231,6 +253,7 @@ def backend(mode: Mode) -> Backend:
         rounding=mode.rounding,
         probe=built("fused_moe_{arch}", *entries),
         limits=(whole(*mode.multiple, mode.why), Limit(("tokens",), no_tokens), *mode.limits),
+        biases=mode.biases,
         prepare=partial(prepare, mode),
         summary=f"FlashInfer cutlass_fused_moe, mode {mode.name}, finalize not fused",
         exempt={"out_strided": NO_STRIDES, "duplicate_expert": ONCE},

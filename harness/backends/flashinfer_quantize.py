@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.backends._ops import global_scale, matrix, unswizzled
+from harness.backends._ops import global_scale, matrix, some_tokens, unswizzled
 from harness.backends.base import Backend, Launch
 from harness.case import Case
 from harness.entry import needs, resolve
@@ -89,6 +89,7 @@ def _backend(entry: str, layout: str, formats: tuple[str, ...], prepare: Callabl
         prepare=partial(prepare, layout),
         entries=(f"{HOME}.{entry}",),
         twinned=True,
+        limits=() if entry == "mxfp8_quantize" else (some_tokens("quantization.cuh, seen on SM90"),),
         summary=f"{entry} of {' and '.join(formats)}, scales in layout {layout}",
     )
 

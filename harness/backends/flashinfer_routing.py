@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends._ops import packed
+from harness.backends._ops import packed, some_tokens
 from harness.backends.base import Backend, Launch
 from harness.case import Case, Limit
 from harness.entry import needs, resolve
@@ -64,7 +64,7 @@ BACKENDS = (
         rounding=lambda case: Rounding(activated=SCORE),
         probe=needs(ENTRY),
         prepare=prepare,
-        limits=(Limit(("routing", "experts", "top_k"), _shapes),),
+        limits=(Limit(("routing", "experts", "top_k"), _shapes), some_tokens("noAuxTcKernels.cu, config.gridDim")),
         entries=(ENTRY,),
         twinned=True,
         summary="DeepSeek-V3 routing in one kernel",

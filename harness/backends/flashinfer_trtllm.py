@@ -12,7 +12,7 @@ from functools import partial
 from harness.backends._trtllm import METHODS, MOE, Packed, bind, gated
 from harness.backends._trtllm_packs import bf16, fp4, fp8_block, fp8_tensor, mxint4
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.entry import needs
 from harness.inputs import Inputs
 from reference.formats import get
@@ -39,6 +39,8 @@ class Family:
     activations: dict[str, tuple[str, ...]]
     multiple: dict[str, tuple[int, int]]
     source: str
+    biases: tuple[str, ...] = ("nobias",)
+    weightings: tuple[str, ...] = ("onoutput",)
 
 
 def aligned(family: Family, case: Case) -> str | None:
@@ -80,9 +82,9 @@ def grouped(case: Case) -> str | None:
         return None
     experts = case.shape.experts
     if experts % 4 or experts // 8 > 32:
-        return f"{experts} experts: grouped routing wants a multiple of 4, at most 32 a group (routing_deepseek.cu)"
+        return f"{experts} experts: wants a multiple of 4, at most 32 a group (trtllm_fused_moe_routing_deepseek.cu)"
     if case.fill == "real":
-        return "grouped routing rounds the bias to bf16 (routing_deepseek.cu, biasVal): other experts may win"
+        return "grouped routing rounds the bias to bf16 (trtllm_fused_moe_routing_deepseek.cu, biasVal): other experts may win"
     return None
 
 
@@ -111,6 +113,24 @@ def some_tokens(case: Case) -> str | None:
     return None if case.shape.tokens else "no tokens: 'Either routing_logits or expert_indices must be provided'"
 
 
+def unscaled(case: Case) -> str | None:
+    """The bias is added to the accumulator, which NVFP4's three numbers scale afterwards."""
+    if case.bias == "bias" and case.recipe.weights == "nvfp4":
+        return "gemm1_bias and gemm2_bias of NVFP4 are in units of accumulators: handed over of MXFP4 only, as gpt-oss has them"
+    return None
+
+
+def weighted_input(routed: bool, case: Case) -> str | None:
+    """use_routing_scales_on_input."""
+    if case.weighting == "onoutput":
+        return None
+    if case.shape.top_k > 1 or case.activation != "swiglu":
+        return "use_routing_scales_on_input is asked as Llama-4 has it: top 1, swiglu (vLLM 0.25.1 experts/trtllm_fp8_moe.py)"
+    if not routed and case.routing != "llama4":
+        return "use_routing_scales_on_input takes bf16 logits (check_routing): only a weight of llama4 reads one logit alone"
+    return None
+
+
 SWIGLUS = ("swiglu", "swiglu_oai")
 BLOCK_ACTIVATIONS = (*SWIGLUS, "geglu", "swiglu_step", "relu2", "identity")
 MXFP4_ACTIVATIONS = (*SWIGLUS, "geglu", "situ", "relu2", "identity")
@@ -130,6 +150,7 @@ FAMILIES = (
         {"fp8_tensor-fp8_tensor": ("swiglu", "geglu", "swiglu_step", "relu2", "identity")},
         {"fp8_tensor-fp8_tensor": (128, 128)},
         "Fp8PerTensorStagedMoeLauncher::check_moe",
+        weightings=WEIGHTINGS,
     ),
     Family(
         "fp8_block",
@@ -151,6 +172,7 @@ FAMILIES = (
         # of NVFP4 prepare asks 16; the scale buffers' views ask 64 of a K, 128 of w2's rows
         {"nvfp4-nvfp4": (128, 64), "mxfp4-mxfp8": (128, 128), "mxfp4": (128, 128)},
         "prepare_trtllm_fp4_weights, get_shuffle_matrix_sf_a_row_indices",
+        biases=BIASES,
     ),
     Family(
         "mxint4", "mxint4_block_scale", mxint4, {"mxint4": SWIGLUS}, {"mxint4": (256, 256)}, "prepare_trtllm_mxint4_weights"
@@ -180,6 +202,10 @@ def limits(family: Family, routed: bool) -> tuple[Limit, ...]:
         Limit(("recipe", "hidden", "inter", "activation"), partial(aligned, family)),
         Limit(("recipe", "activation"), partial(activated, family)),
     ]
+    if len(family.biases) > 1:
+        found += [Limit(("bias", "recipe"), unscaled)]
+    if len(family.weightings) > 1:
+        found += [Limit(("weighting", "top_k", "activation", "routing"), partial(weighted_input, routed))]
     if family.name == "fp8_block":
         found += [Limit(("experts", "top_k"), fp8_block_routing)]
         found += [Limit(("tokens",), some_tokens)] if routed else [Limit(("routing", "experts", "top_k"), fp8_block_logits)]
@@ -206,6 +232,8 @@ def backend(family: Family, routed: bool) -> Backend:
         rounding=rounding,
         probe=needs(*entries),
         limits=limits(family, routed),
+        biases=family.biases,
+        weightings=family.weightings,
         prepare=partial(prepare, name, family),
         exempt=exempt,
         expert_parallel=True,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from harness.backends._packing import biases
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import Case, Limit
+from harness.case import BIASES, Case, Limit
 from harness.guard import Argument, Entry
 from harness.inputs import Inputs
 from reference.rounding import Rounding
@@ -52,6 +53,7 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
     """w13 [experts, hidden, 2 * inter] and w2 [experts, inter, hidden] as transposed views; tokens sorted by expert."""
     w13, w2 = inputs.stacked()
     buffers = {"x": inputs.x, "w13": w13, "w2": w2, "ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
+    buffers |= biases(inputs, torch.bfloat16)
     gated = w13.shape[1] > w2.shape[2]
     tokens, hidden = case.shape.tokens, case.shape.hidden
     contract = (
@@ -65,7 +67,8 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
 
 
 def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
-    """The layer as a user of grouped_mm writes it: sort, GEMM, activate in fp32, GEMM, weighted fp32 scatter-add."""
+    """The layer as a user of grouped_mm writes it: sort, GEMM, activate in fp32, GEMM, weighted fp32 scatter-add; what a GEMM
+    wrote and its bias, if there is one, add up in fp32."""
     tokens, top_k = b["ids"].shape
     order = b["ids"].flatten().argsort(stable=True)
     counts = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0])
@@ -73,11 +76,16 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     assert GROUPED_MM is not None
     grouped_mm = Entry(GROUPED_MM, CONTRACT)
     pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
-    middle = _activate(pre.float(), activation, gated).to(pre.dtype)
-    rows = grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends)
-    weighted = rows.float() * b["topk_weights"].flatten()[order, None]
+    expert = b["ids"].flatten()[order]
+    middle = _activate(_biased(pre.float(), b.get("w13_bias"), expert), activation, gated).to(pre.dtype)
+    rows = _biased(grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends).float(), b.get("w2_bias"), expert)
+    weighted = rows * b["topk_weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)
+
+
+def _biased(rows: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    return rows if bias is None else rows + bias[expert].float()
 
 
 def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
@@ -97,10 +105,10 @@ def call(b):
     tokens, top_k = b["ids"].shape
     order = b["ids"].flatten().argsort(stable=True)
     ends = torch.bincount(b["ids"].flatten(), minlength=b["w13"].shape[0]).cumsum(0).to(torch.int32)
-    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends).float()
+    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends).float(){first}
     {activate}
-    rows = grouped_mm(middle.to(b["x"].dtype), b["w2"].transpose(-2, -1), offs=ends)
-    weighted = rows.float() * b["topk_weights"].flatten()[order, None]
+    rows = grouped_mm(middle.to(b["x"].dtype), b["w2"].transpose(-2, -1), offs=ends).float(){second}
+    weighted = rows * b["topk_weights"].flatten()[order, None]
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(b["x"].dtype)
 """
@@ -113,7 +121,15 @@ def script(case: Case) -> str:
         activate = f"gate, up = pre.chunk(2, dim=-1)\n    middle = {function}(gate) * up"
     else:
         activate = f"middle = {function}(pre)"
-    return SCRIPT.format(activate=activate)
+    added = [f' + b["{name}_bias"][b["ids"].flatten()[order]].float()' * (case.bias == "bias") for name in ("w13", "w2")]
+    return SCRIPT.format(activate=activate, first=added[0], second=added[1])
+
+
+def rounding(case: Case) -> Rounding:
+    """Both GEMMs, the activation and the layer write bf16; a bias joins what a GEMM wrote."""
+    if case.bias == "bias":
+        return Rounding(product="bf16", middle="bf16", out="bf16")
+    return Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16")
 
 
 BACKENDS = (
@@ -124,9 +140,10 @@ BACKENDS = (
         recipes=("bf16",),
         activations=tuple(FUNCTIONS),
         archs=("cpu", "sm90", "sm100"),
-        rounding=lambda case: Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16"),
+        rounding=rounding,
         probe=probe,
         limits=(Limit(("hidden", "inter"), unaligned),),
+        biases=BIASES,
         prepare=prepare,
         script=script,
         exempt={"graph": "torch.bincount reads its result's size on the host"},

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from harness.backends import _vllm
-from harness.backends._packing import Stack, pack
+from harness.backends._packing import Stack, biases, pack
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import Case
+from harness.case import BIASES, Case
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
@@ -20,6 +20,7 @@ EXPERTS, ROUTE = f"{MODULE}.triton_kernel_fused_experts", f"{MODULE}.make_routin
 SWIZZLE = f"{_vllm.QUANT_UTILS}.mxfp4_utils._swizzle_mxfp4"
 CONFIG = f"{_vllm.FUSED_MOE}.config.mxfp4_w4a16_moe_quant_config"
 PLAIN = f"{_vllm.FUSED_MOE}.config.FUSED_MOE_UNQUANTIZED_CONFIG"
+BIASED = f"{_vllm.FUSED_MOE}.config.biased_moe_quant_config"
 MATMUL = "triton_kernels.matmul_ogs"
 
 
@@ -58,8 +59,21 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         weights.append(swizzled)
         scales.append(config)
         buffers |= {name: swizzled.storage.data, f"{name}_scales": config.weight_scale.storage.data}
-    quant = _vllm.library(CONFIG)(*scales) if scales else _vllm.library(PLAIN)
+    added = biases(inputs, torch.float32)  # which triton_kernel_fused_experts asserts
+    if added:
+        added["w13_bias"] = _vllm.ordered(case, added["w13_bias"])
+        buffers |= added
+    quant = _described(scales, added)
     return Launch(_call(case, buffers, weights, quant), buffers, contract=_vllm.contract(case))
+
+
+def _described(scales: list[Any], added: dict[str, Tensor]) -> Any:
+    """vLLM's description of weights with or without scales and biases."""
+    if scales:
+        return _vllm.library(CONFIG)(*scales, w1_bias=added.get("w13_bias"), w2_bias=added.get("w2_bias"))
+    if added:
+        return _vllm.library(BIASED)(w1_bias=added["w13_bias"], w2_bias=added["w2_bias"])
+    return _vllm.library(PLAIN)
 
 
 def _ordered_scales(case: Case, name: str, stack: Stack) -> Tensor:
@@ -101,6 +115,7 @@ BACKENDS = (
         rounding=rounding,
         probe=probe,
         limits=(_vllm.SOME_TOKENS,),
+        biases=BIASES,
         prepare=prepare,
         exempt={"duplicate_expert": "the routing is a bit matrix: an expert is in a row or not"},
         entries=(EXPERTS, ROUTE, SWIZZLE),

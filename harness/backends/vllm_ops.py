@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.backends._ops import global_scale, matrix, packed, unswizzled
+from harness.backends._ops import global_scale, matrix, packed, some_tokens, unswizzled
 from harness.backends.base import Backend, Launch
 from harness.case import Case, Limit
 from harness.entry import needs, resolve
@@ -155,6 +155,7 @@ BACKENDS = (
         *("topk_softmax", "route", (f"{OPS}.topk_softmax",), _softmax),
         recipes=("fp32", "bf16"),
         routings=("default", "renormalize"),
+        limits=(some_tokens("topk_softmax_kernels.cu"),),
         summary="softmax, then top-k, renormalised on request",
     ),
     _backend(
@@ -163,7 +164,9 @@ BACKENDS = (
         routings=("deepseek_v3",),
         limits=(
             Limit(("top_k",), lambda case: None if case.shape.top_k <= 32 else "topk must be <= 32 (grouped_topk_router.py)"),
+            some_tokens("grouped_topk_kernels.cu"),
         ),
+        exempt={"strided_inputs": "it takes rows to be dense and checks no stride (grouped_topk_kernels.cu, 0.25.1)"},
         summary="grouped_topk with sigmoid and bias",
     ),
 )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from harness.backends import _vllm
-from harness.backends._packing import Stack, group_of, pack
+from harness.backends._packing import Stack, biases, group_of, pack
 from harness.backends._vllm_schemes import FP8, INT8, Scheme, blocks, interleaved_blocks
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
@@ -49,6 +49,7 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
     recipe = str(case.recipe)
     w13, w2 = pack(case, inputs, one_factor=True)
     buffers = {**_vllm.step(inputs), "w13": _vllm.ordered(case, _codes(case, w13)), "w2": _codes(case, w2)}
+    added = _biases(case, inputs)
     scheme = (FP8 | INT8).get(recipe)
     quant = None
     if scheme is not None:
@@ -57,13 +58,26 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         quantised = case.recipe.acts != case.recipe.carrier
         named = {name: buffers.get(name) for name in ("a1_scale", "a2_scale")} if quantised else {}
         config = _vllm.library(f"{CONFIG}.{scheme.config}")
-        quant = config(buffers["w13_scales"], buffers["w2_scales"], **named, **scheme.options)
+        quant = config(buffers["w13_scales"], buffers["w2_scales"], **named, **scheme.options, **_named(added))
     elif recipe in WNA16:
         buffers |= {"w13_scales": _vllm.ordered(case, blocks(w13).half()), "w2_scales": blocks(w2).half()}
         config = _vllm.library(f"{CONFIG}.int4_w4a16_moe_quant_config")
         quant = config(buffers["w13_scales"], buffers["w2_scales"], block_shape=[0, group_of(case)])
-    buffers |= _vllm.expert_map(inputs)
+    elif added:
+        quant = _vllm.library(f"{CONFIG}.biased_moe_quant_config")(**_named(added))
+    buffers |= _vllm.expert_map(inputs) | added
     return Launch(_call(case, buffers, quant), buffers, contract=_vllm.contract(case))
+
+
+def _biases(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """In the dtype of x, as vLLM's layers keep them; the kernel adds them to the dequantised fp32 sums."""
+    found = biases(inputs, _vllm.carrier(case))
+    return found | {"w13_bias": _vllm.ordered(case, found["w13_bias"])} if found else found
+
+
+def _named(added: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of vLLM's descriptions."""
+    return {"w1_bias": added["w13_bias"], "w2_bias": added["w2_bias"]} if added else {}
 
 
 def _call(case: Case, b: dict[str, Tensor], quant: Any) -> Callable[[], Tensor]:
@@ -77,6 +91,7 @@ def _call(case: Case, b: dict[str, Tensor], quant: Any) -> Callable[[], Tensor]:
             b["topk_weights"],
             b["ids"],
             activation=activation,
+            apply_router_weight_on_input=case.weighting == "oninput",
             global_num_experts=case.shape.experts,
             expert_map=b.get("expert_map"),
             quant_config=quant,
@@ -115,6 +130,7 @@ def call(b):
         b["topk_weights"],
         b["ids"],
         activation=MoEActivation.{activation},
+        apply_router_weight_on_input={on_input},
         global_num_experts={experts},
         expert_map=b.get("expert_map"),
         quant_config=quant,
@@ -125,14 +141,26 @@ def call(b):
 def script(case: Case) -> str:
     """The call as text."""
     scheme, quant = (FP8 | INT8).get(str(case.recipe)), "None"
+    added = 'w1_bias=b["w13_bias"], w2_bias=b["w2_bias"]' if case.bias == "bias" else ""
     if scheme is not None:
         options = "".join(f", {name}={value!r}" for name, value in scheme.options.items())
         static = ', a1_scale=b.get("a1_scale"), a2_scale=b.get("a2_scale")' if case.recipe.acts != case.recipe.carrier else ""
+        options += f", {added}" if added else ""
         quant = f'config.{scheme.config}(b["w13_scales"], b["w2_scales"]{static}{options})'
     elif str(case.recipe) in WNA16:
         options = f"block_shape=[0, {group_of(case)}]"
         quant = f'config.int4_w4a16_moe_quant_config(b["w13_scales"], b["w2_scales"], {options})'
-    return SCRIPT.format(quant=quant, activation=_vllm.ACTIVATIONS[case.activation], experts=case.shape.experts)
+    elif added:
+        quant = f"config.biased_moe_quant_config({added})"
+    activation = _vllm.ACTIVATIONS[case.activation]
+    return SCRIPT.format(quant=quant, activation=activation, experts=case.shape.experts, on_input=case.weighting == "oninput")
+
+
+def lone_weight(case: Case) -> str | None:
+    """vLLM's layers ask for it so: FusedMoE prepares assert topk == 1."""
+    if case.weighting == "oninput" and case.shape.top_k > 1:
+        return "apply_router_weight_on_input is only implemented for topk=1 (vLLM 0.25.1 prepare_finalize/*.py)"
+    return None
 
 
 def whole_groups(axis: str) -> Limit:
@@ -169,7 +197,9 @@ def fewest(case: Case) -> str | None:
     return sums_in_fp16(case) if case.shape.tokens <= SLOTS else None
 
 
-def _backend(name: str, recipes: tuple[str, ...], summary: str, limits: tuple[Limit, ...] = ()) -> Backend:
+def _backend(
+    name: str, recipes: tuple[str, ...], summary: str, limits: tuple[Limit, ...] = (), added: tuple[str, ...] = BIASES
+) -> Backend:
     return Backend(
         name=name,
         library="vllm",
@@ -179,7 +209,9 @@ def _backend(name: str, recipes: tuple[str, ...], summary: str, limits: tuple[Li
         archs=("sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
         probe=_vllm.needs(ENTRY, _vllm.ACTIVATION),
-        limits=(_vllm.SOME_TOKENS, *limits),
+        limits=(_vllm.SOME_TOKENS, Limit(("weighting", "top_k"), lone_weight), *limits),
+        biases=added,
+        weightings=WEIGHTINGS,
         prepare=prepare,
         script=script,
         expert_parallel=True,
@@ -208,5 +240,6 @@ BACKENDS = (
             Limit(("fill", "tokens", "top_k", "experts"), sums_in_fp16),
             Limit(("recipe", "tokens", "top_k", "experts"), groups_of_32),
         ),
+        added=("nobias",),  # dispatch_fused_moe_kernel asserts it
     ),
 )

@@ -129,6 +129,8 @@ def layer_of(dump: Dump) -> Layer:
 def _cutlass(arguments: Mapping[str, Any]) -> Layer:
     """cutlass_fused_moe: as its twin reads it."""
     a = bound(cutlass_fused_moe, arguments)
+    if a.fc1_expert_biases is not None or a.fc2_expert_biases is not None:
+        raise NotImplementedError("biases are not read from a recorded call")
     mode, kind, values = read_call(a)
     out, experts = a.output_dtype, a.ep_size * mode.experts
     declared = next(m for m in MODES if m.name == NAMES[type(mode)])

@@ -29,7 +29,7 @@ class WrongSplits(Host):
             first = max(0, send[0] - 1)
             return rows(stage, given[send[0] - first :], [first, *send[1:]], receive)
 
-        self.wire.rows = fewer  # type: ignore[method-assign]
+        self.wire.rows = fewer  # type: ignore[assignment, method-assign]
         try:
             return super().dispatch(x, ids, weights)
         finally:

@@ -5,7 +5,7 @@ A host of somebody else's is a class with the same three methods (`moecheck para
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Wire:
         self._wait(stage, _bytes(found), _bytes(rows.contiguous()), (list(receive), list(send)), told)
         return found
 
-    def _wait(self, stage: str, to: Tensor, data: Tensor, splits: Splits | None, told: Message) -> None:
+    def _wait(self, stage: str, to: Tensor, data: Tensor, splits: Splits | None, told: Mapping[str, object]) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a kernel's hang or error is not the wire's
         self.tell({"stage": stage, "waits": True, **told})

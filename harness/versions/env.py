@@ -153,14 +153,20 @@ def _held_back(
 
 
 def _lock(wanted: Mapping[str, str], source: Source, cache: Path, scratch: Path) -> str:
-    """These packages with the place and the hash of each wheel (PEP 751); "" for none."""
+    """These packages with the hashes of their wheels; "" for none. PEP 751 for the files of a folder, whose hashes uv looks up
+    there only; requirements for an index, since uv 0.13 fetches the wheels of a PEP 751 lock anew each time."""
     if not wanted:
         return ""
-    asked, out = scratch / "wanted.txt", scratch / "pylock.toml"
+    asked, out = scratch / "wanted.txt", scratch / _lock_name(source)
     asked.write_text("".join(f"{name}=={version}\n" for name, version in sorted(wanted.items())))
-    options = ("--no-deps", "--no-build", "--no-header", "--quiet", "--format", "pylock.toml", "--output-file", str(out))
+    form = ["--generate-hashes"] if source.wheelhouse is None else ["--format", "pylock.toml"]
+    options = ("--no-deps", "--no-build", "--no-header", "--no-annotate", "--quiet", *form, "--output-file", str(out))
     uv.run(["pip", "compile", *options, str(asked)], source, cache, " ".join(asked.read_text().split()))
     return out.read_text()
+
+
+def _lock_name(source: Source) -> str:
+    return "requirements.txt" if source.wheelhouse is None else "pylock.toml"
 
 
 def _build(place: Path, lock: str, wanted: Mapping[str, str], source: Source, cache: Path) -> None:
@@ -172,9 +178,18 @@ def _build(place: Path, lock: str, wanted: Mapping[str, str], source: Source, ca
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
             if lock:
-                file = folder / "pylock.toml"
+                file = folder / _lock_name(source)
                 file.write_text(lock)
-                options = ("--no-build", "--link-mode", "hardlink", "--target", str(folder), "--preview-features", "pylock")
+                options = (
+                    "--no-deps",
+                    "--no-build",
+                    "--link-mode",
+                    "hardlink",
+                    "--target",
+                    str(folder),
+                    "--preview-features",
+                    "pylock",
+                )
                 what = ", ".join(f"{n}=={v}" for n, v in wanted.items())
                 uv.run(["pip", "install", *options, "--requirements", str(file)], source, cache, what)
             data = {"packages": dict(wanted), "more": _pth(folder)}

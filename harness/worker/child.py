@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ THREADS = 1  # small GEMMs: a second OpenMP thread costs more in barriers than i
 @dataclass(frozen=True)
 class Setup:
     """What a child needs to know before its first case. run_folder: where pictures go, "" for nowhere; soak: it
-    is meant to live through the whole plan; visible: its value of CUDA_VISIBLE_DEVICES, "" for the one it inherits."""
+    is meant to live through the whole plan; visible: its value of CUDA_VISIBLE_DEVICES, "" for the one it inherits; overlay:
+    folder in front of its sys.path; timed: without what a coredump of the device needs."""
 
     device: Device
     plugins: tuple[str, ...]
@@ -46,6 +48,8 @@ class Setup:
     run_folder: str = ""
     soak: bool = False
     visible: str = ""
+    overlay: str = ""
+    timed: bool = False
 
 
 def main(pipe: Connection, setup: Setup) -> None:
@@ -107,11 +111,13 @@ def _redirect_output(log: Path) -> None:
 def _prepare_libraries(setup: Setup) -> None:
     """Set before any kernel library is imported and CUDA is initialised."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker pool does not survive in a forked child
+    if setup.overlay:
+        sys.path.insert(0, setup.overlay)
     if setup.visible:
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible
     if setup.device.kind == "cuda":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the driver aborts behind its dump; a host dump would be gigabytes
-        for name, value in coredump.variables(Path(setup.log).parent).items():
+        for name, value in () if setup.timed else coredump.variables(Path(setup.log).parent).items():
             os.environ.setdefault(name, value)
     if setup.device.kind == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -142,6 +148,8 @@ class Bench:
     def __init__(self, setup: Setup, link: Channel) -> None:
         self.setup, self.backends = setup, dict[str, Backend]()
         self._cache = OracleCache()
+        self._timed: dict[str, Any] = {}
+        self._environments: dict[str, dict[str, str]] = {}
         self._canaries = soak.Canaries(setup.device) if setup.soak else None
         self._progress = Progress(lambda stage: link.send({"stage": stage.value}))
         if setup.run_folder:
@@ -153,13 +161,19 @@ class Bench:
         if name not in self.backends:
             raise UnknownName("backend", name, self.backends)
         backend, device = self.backends[name], self.setup.device
-        facts = {"environment": environment(backend, device)}
+        if name not in self._environments:  # reading a distribution's metadata takes a millisecond
+            self._environments[name] = environment(backend, device)
+        facts = {"environment": self._environments[name]}
         if "probe" in request:
             return {"support": asdict(checked_probe(backend, device)), **facts}
         if "bundle" in request:  # safetensors is nobody else's business
             from harness.bundle.collect import collect
 
             return {"collected": collect(Case.parse(str(request["bundle"])), backend, device, Path(request["folder"]))}
+        if "latency" in request:  # nor is timing
+            from harness.latency.measure import answer
+
+            return {**answer(self._timed, backend, device, request), **facts}
         case, before = Case.parse(str(request["judge"])), health.look()
         verdict = self._judged(case, backend, _options(request))
         reply = {"verdict": verdict.to_json(), "prints": backend.prints, **facts}

@@ -65,6 +65,12 @@ class Rule:
         weights = self.weigh(scores.gather(-1, ids)) * self.scale
         return Routing(ids, weights, torch.minimum(margin, group_margin))
 
+    @property
+    def alone(self) -> bool:
+        """Is the weight of a lone expert the same whatever its score?"""
+        low, high = self.weigh(torch.tensor([[0.25], [0.75]], dtype=torch.float64)).flatten()
+        return bool(low == high)
+
     def scores(self, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """(scores, selection scores), both [tokens, experts] float64: without and with the bias."""
         if (bias is not None) != self.biased:

@@ -13,10 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "reference", "suites", "examples")
 CORE = (
+    "axes",
+    "batched",
     "anchors",
     "case",
     "checks",
     "compare",
+    "covering",
     "diagnose",
     "errors",
     "evidence",

@@ -22,11 +22,14 @@ padding_alignment:
 """
 
 
+OPTIONS = ("bias", "weighting")
+
+
 @pytest.mark.parametrize("name", config.names("platforms"))
 def test_every_platform_loads_and_gives_every_axis(name: str) -> None:
     loaded = config.platform(name)
     assert loaded.name == name
-    assert set(loaded.axes.levels()) == set(config.SIZES) | {"recipe", "routing", "activation", "fill", "skew"}
+    assert set(loaded.axes.levels()) == set(config.SIZES) | {"recipe", "routing", "activation", "fill", "skew", *OPTIONS}
 
 
 @pytest.mark.parametrize("name", config.names("tiers"))

@@ -212,13 +212,13 @@ def test_weights_are_drawn_once_and_every_asker_gets_a_copy(monkeypatch: pytest.
     """What a kernel does to the weights it was handed must not reach the oracle of the next relation."""
     inputs = make_inputs(Case.parse("moe.mxfp4.t3.h64.i32.e4.k2.renormalize.swiglu.standard.real.s0"))
     draws: list[Any] = []
-    real = fills.real
+    real = fills.real_all
 
-    def counted(*args: Any) -> Quantized:
+    def counted(*args: Any) -> list[Quantized]:
         draws.append(args)
         return real(*args)
 
-    monkeypatch.setattr(fills, "real", counted)
+    monkeypatch.setattr(fills, "real_all", counted)
     first = inputs.down(1)
     kept = first.codes.clone()
     first.codes.zero_()

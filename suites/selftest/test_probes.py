@@ -77,7 +77,7 @@ def test_codes_use_what_the_format_has() -> None:
     for recipe, largest in (("nvfp4", 3), ("int4_g32", 3), ("bf16", 15), ("fp8_block", 15)):
         layer = IdLayer(Case.parse(f"moe.{recipe}.{SHAPE}.idcode.s0"), "cpu")
         assert layer.largest == largest
-        up = layer.up(0)
+        (up,) = layer.up([0])
         values = up.format.decode(up)[:, :-1]
         assert values.abs().unique().tolist() == list(range(1, largest + 1))
 

@@ -15,15 +15,19 @@ from torch import Tensor
 from harness.twins.libs._trtllm_routing import check
 from harness.twins.libs.flashinfer_enums import ActivationType, RoutingMethodType, SfLayout, WeightLayout
 
-ABSENT: tuple[str, ...] = ("gemm1_lora_delta", "gemm1_bias", "gemm2_bias", "per_token_scale", "num_fused_shared_experts")
+ABSENT: tuple[str, ...] = ("gemm1_lora_delta", "per_token_scale", "num_fused_shared_experts")
+BIASES = ("gemm1_bias", "gemm2_bias")
 ABSENT += ("valid_hidden_size", "valid_intermediate_size")
 PARAMETERS = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 MAX_TOP_K = 8  # of FP8 block scales with DeepSeekV3 routing and up to 384 experts
 FP8 = torch.float8_e4m3fn
 
 
-def arguments(a: SimpleNamespace) -> None:
-    """What holds for every entry point: sizes, routing inputs, the caller's buffers."""
+def arguments(a: SimpleNamespace, biased: bool = False) -> None:
+    """What holds for every entry point: sizes, routing inputs, the caller's buffers. biased: it takes biases here."""
+    for name in () if biased else BIASES:
+        if getattr(a, name, None) is not None:
+            raise NotImplementedError(f"this twin does not take {name}")
     for name in ABSENT:
         if getattr(a, name, None):
             raise NotImplementedError(f"this twin does not take {name}")
@@ -87,6 +91,16 @@ def per_expert(a: SimpleNamespace, *names: str, required: bool = False) -> None:
         if value is not None:
             check(value.dtype == torch.float32, f"{name} must be float.")
             check(tuple(value.shape) == (a.local_num_experts,), f"{name} has incorrect dim 0.")
+
+
+def biases(a: SimpleNamespace, gated: bool, hidden: int) -> None:
+    """FP4BlockScaleLauncher::check_moe: float32 [local experts, rows of the weights], where given."""
+    for name, rows in zip(BIASES, (a.intermediate_size * (2 if gated else 1), hidden), strict=True):
+        bias = getattr(a, name)
+        if bias is not None:
+            what = "GEMM1_M" if name == "gemm1_bias" else "hidden_size"
+            check(bias.dtype == torch.float32, f"{name} must be float32.")
+            check(tuple(bias.shape) == (a.local_num_experts, rows), f"{name} must have shape [local_num_experts, {what}].")
 
 
 def matrices(a: SimpleNamespace, gated: bool, layout: int) -> None:

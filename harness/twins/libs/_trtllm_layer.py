@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from harness.twins.libs._trtllm_weights import Weights
+from harness.twins.libs._trtllm_weights import Matrix, Weights
 from harness.twins.libs.flashinfer_enums import ActivationType
 from reference.formats import get
 
@@ -118,21 +118,28 @@ def run(a: SimpleNamespace, x: Tensor, routing: tuple[Tensor, Tensor], weights: 
     least = -(-LEAST_BYTES // (2 * hidden))
     rows = torch.empty(max(padded_rows(tokens, a.top_k, a.num_experts), least), hidden, dtype=torch.bfloat16)
     local = (ids - a.local_expert_offset).flatten()
-    first = 0
+    first, on_input = 0, getattr(a, "use_routing_scales_on_input", False)
     for e in range(a.local_num_experts):
         slots = (local == e).nonzero().flatten()
         if not len(slots):
             continue
         mine = torch.arange(first, first + len(slots))
         index[slots] = mine.int()
-        total = x[slots // a.top_k] @ weights.first(e).T
+        total = _plus(x[slots // a.top_k] @ weights.first(e).T, weights.biases[0], e)
+        if on_input:
+            total = total * expert_weights.flatten()[slots, None].float()
         middle = epilogue.middle(epilogue.activate(total, e))
-        done = middle @ weights.second(e).T
+        done = _plus(middle @ weights.second(e).T, weights.biases[1], e)
         rows[mine] = (done * _of(epilogue.second, e, 1.0)).bfloat16()
         first += -(-len(slots) // TILE_TOKENS) * TILE_TOKENS
     if not a.do_finalize:
         return [rows, expert_weights, index]
-    return [finalize(rows, expert_weights, index, given=a.output)]
+    return [finalize(rows, torch.ones_like(expert_weights) if on_input else expert_weights, index, given=a.output)]
+
+
+def _plus(total: Tensor, bias: Matrix | None, e: int) -> Tensor:
+    """Sums with a rank's expert's bias, in the accumulator."""
+    return total if bias is None else total + bias(e)
 
 
 def finalize(rows: Tensor, expert_weights: Tensor, index: Tensor, given: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,20 @@ Matrix = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """first(e), second(e): float32 [2 * inter or inter, hidden], rows [up; gate], and [hidden, inter] of a rank's expert e."""
+    """first(e), second(e): float32 [2 * inter or inter, hidden], rows [up; gate], and [hidden, inter] of a rank's expert e;
+    biases: what is added to their sums, float32 of as many rows, or None."""
 
     first: Matrix
     second: Matrix
+    biases: tuple[Matrix | None, Matrix | None] = (None, None)
+
+    def with_biases(self, first: Tensor | None, second: Tensor | None, gated: bool) -> Weights:
+        """The same with float32 biases [experts, rows] that lie as the rows of the weights do."""
+
+        def matrix(stored: Tensor | None, reorder: bool) -> Matrix | None:
+            return None if stored is None else lambda e: _ordered(stored[e].unsqueeze(-1), reorder).squeeze(-1)
+
+        return replace(self, biases=(matrix(first, gated), matrix(second, False)))
 
 
 def _ordered(stored: Tensor, gated: bool) -> Tensor:

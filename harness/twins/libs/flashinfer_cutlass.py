@@ -59,7 +59,7 @@ def cutlass_fused_moe(  # noqa: PLR0913  the library's signature
     the gate's rows below, fc2 [.., hidden, inter]: [output [tokens, hidden], and three tensors that nobody writes].
 
     No stride is looked at. ValueError and NotImplementedError as the Python function raises them, RuntimeError for a check of
-    the binding. The finalize is the unfused one of the default tactics. Not twinned: biases, Humming, cake, ClampedRelu2.
+    the binding. The finalize is the unfused one of the default tactics. Not twinned: Humming, cake, ClampedRelu2.
     """
     return _run(SimpleNamespace(**locals()))
 
@@ -85,6 +85,7 @@ def read_call(a: SimpleNamespace) -> tuple[Mode, ActivationType, dict[str, Tenso
         )
     )
     _check(mode, a.token_selected_experts, a.token_final_scales, values)
+    _check_biases(mode, a.fc1_expert_biases, a.fc2_expert_biases)
     mode.check()
     return mode, kind, values
 
@@ -93,7 +94,8 @@ def _run(a: SimpleNamespace) -> list[Tensor]:
     """The call with the arguments `a`."""
     output = _output(a.output, (a.input.shape[0], a.fc2_expert_weights.shape[1]), a.output_dtype)
     mode, kind, values = read_call(a)
-    run = Run(mode, kind, values, range(a.ep_rank * mode.experts, (a.ep_rank + 1) * mode.experts))
+    local = range(a.ep_rank * mode.experts, (a.ep_rank + 1) * mode.experts)
+    run = Run(mode, kind, values, local, (a.fc1_expert_biases, a.fc2_expert_biases))
     run(output, dense(a.token_selected_experts), dense(a.token_final_scales), a.ep_size)
     one, each = torch.empty(1, dtype=torch.int32), torch.empty(mode.experts, dtype=torch.int32)
     return [output, one, torch.empty(mode.experts, a.input.shape[0]), each]
@@ -103,7 +105,6 @@ def _refuse(a: SimpleNamespace) -> None:
     """What the Python function refuses, and what has no twin."""
     untwinned = {
         f"backend={a.backend!r}": a.backend != "cutlass",
-        "biases": a.fc1_expert_biases is not None or a.fc2_expert_biases is not None,
         "Humming": a.use_wfp4afp8_humming,
         "ClampedRelu2": a.clamped_relu2_limit is not None or a.activation_type == ActivationType.ClampedRelu2,
     }
@@ -166,11 +167,30 @@ def _check(mode: Mode, ids: Tensor, weights: Tensor, values: dict[str, Tensor]) 
         check(value.dtype == torch.float32 and value.shape == (mode.experts,), f"{name} must have {mode.experts} element(s).")
 
 
-class Run:
-    """One call's kernels: GEMM 1 to memory, activation, GEMM 2 to memory, finalize."""
+def _check_biases(mode: Mode, fc1: Tensor | None, fc2: Tensor | None) -> None:
+    """Both or none, in the type of the output, a row each for an expert."""
+    if fc1 is None and fc2 is None:
+        return
+    for name, bias, weights in (("fc1", fc1, mode.call.w[0]), ("fc2", fc2, mode.call.w[1])):
+        if bias is None:
+            raise RuntimeError("bad optional access")  # .value() of what was not given
+        check(bias.dtype == mode.call.out, f"Inconsistency of Tensor type: {name}_expert_biases.value()")
+        check(bias.dim() == 2, f"{name}_expert_biases.value() must be a 2D tensor")
+        same = f"{name}_expert_weights and {name}_expert_biases must have the same number of experts."
+        check(len(bias) == len(weights), same)
+        check(bias.shape[1] == weights.shape[1], f"{name}_expert_biases should match {name}_expert_weights output shape.")
 
-    def __init__(self, mode: Mode, kind: ActivationType, values: dict[str, Tensor], local: range) -> None:
-        self.mode, self.kind, self.values, self.local = mode, kind, values, local
+
+Biases = tuple[Tensor | None, Tensor | None]
+
+
+class Run:
+    """One call's kernels: GEMM 1 to memory, activation, GEMM 2 to memory, finalize; the second and the last add biases."""
+
+    def __init__(
+        self, mode: Mode, kind: ActivationType, values: dict[str, Tensor], local: range, biases: Biases = (None, None)
+    ) -> None:
+        self.mode, self.kind, self.values, self.local, self.biases = mode, kind, values, local, biases
 
     def __call__(self, output: Tensor, ids: Tensor, weights: Tensor, ep_size: int) -> None:
         """Write the layer's output, row after row from the buffer's address on."""
@@ -183,11 +203,16 @@ class Run:
     def expert(self, x: Tensor, expert: int) -> Tensor:
         """float32 [rows, hidden]: one expert's rows."""
         mode, out = self.mode, self.mode.call.out
-        pre = (x @ mode.weight(0, expert).T * mode.alpha(0, expert)).to(out).float()
+        pre = (x @ mode.weight(0, expert).T * mode.alpha(0, expert)).to(out).float() + self.bias(0, expert)
         up, gate = pre.chunk(2, dim=-1) if mode.call.gated else (pre, None)
         middle = activate(self.kind, up, gate, {name: value[expert] for name, value in self.values.items()})
         row = mode.middle(middle, expert) @ mode.weight(1, expert).T * mode.alpha(1, expert)
-        return row.to(out).float()
+        return row.to(out).float() + self.bias(1, expert)
+
+    def bias(self, gemm: int, expert: int) -> Tensor:
+        """float32, what is added to a row of GEMM 1 or 2."""
+        bias = self.biases[gemm]
+        return torch.zeros(()) if bias is None else dense(bias)[expert].float()
 
 
 def interleave_moe_weights_for_sm90_mixed_gemm(weight: Tensor, quant_type: str = "fp4") -> Tensor:

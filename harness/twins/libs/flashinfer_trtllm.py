@@ -63,8 +63,9 @@ def fp8_per_tensor(a: SimpleNamespace) -> list[Tensor]:
     checks.arguments(a)
     for name in ("hidden_states", "gemm1_weights", "gemm2_weights"):
         check(getattr(a, name).dtype == FP8, f"FP8 MoE: {name} must be float8_e4m3fn.")
-    if a.use_routing_scales_on_input:
-        raise NotImplementedError("this twin does not take use_routing_scales_on_input")
+    logits = getattr(a, "routing_logits", None)
+    if a.use_routing_scales_on_input and logits is not None:
+        check(logits.dtype == torch.bfloat16, "routing_logits must be bfloat16 when routing scales are applied on input.")
     activation = checks.activation(a, (A.Swiglu, A.Geglu, A.Relu2, A.SwigluStep, A.Identity))
     checks.per_expert(a, "output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar", required=True)
     checks.per_expert(a, "gemm1_clamp_limit")
@@ -141,7 +142,7 @@ def _blocks(values: Tensor, scales: Tensor) -> Tensor:
 def fp4(a: SimpleNamespace) -> list[Tensor]:
     """E2M1 weights with E4M3 scales per 16 and NVFP4 activations, or E8M0 scales per 32 and MXFP8 or bf16 activations; which,
     the dtypes and the number of scales say."""
-    checks.arguments(a)
+    checks.arguments(a, biased=True)
     checks.linear_scales(a)
     gated = ActivationType(a.activation_type).is_gated
     for name in ("gemm1_weights", "gemm2_weights"):
@@ -163,7 +164,8 @@ def fp4(a: SimpleNamespace) -> list[Tensor]:
         (a.gemm1_weights_scale, a.gemm2_weights_scale),
         activation.is_gated,
         "nvfp4" if vector == 16 else "mxfp4",
-    )
+    ).with_biases(a.gemm1_bias, a.gemm2_bias, activation.is_gated)
+    checks.biases(a, activation.is_gated, hidden)
     return layer.run(a, x, _routed(a), matrices, Epilogue(activation, middle, *scales, **_given(a)))
 
 
