@@ -18,7 +18,7 @@ from harness.verdict import Status
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'moecheck[ray]'")
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 5}
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 SUBJECT = "torch_grouped_mm"
 DEADLY = """
 import os, signal, time
