@@ -24,7 +24,6 @@ from harness import config
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
-from harness.faults import deadly
 from harness.inputs import make_inputs
 from harness.journal import Journal
 from harness.oracle import expect, weight_source
@@ -46,6 +45,7 @@ from reference.routing import Routing
 CASES = 300
 CRASHES = 10
 STORM, EVERY = 1000, 10  # cases, one in so many of which dies
+DEADLY, RIGHT = "harness.faults.deadly", "torch_grouped_mm"  # the plugin, and the kernel that its own are made of
 ENCODED_ROWS = 2048
 SMALL = "moe.bf16.t{tokens}.h256.i128.e8.k2.renormalize.swiglu.standard.real.s{seed}"
 PRODUCTION = "moe.mxfp4.t33.h7168.i512.e384.k8.kimi_k2.swiglu.standard.real.s0"
@@ -139,12 +139,12 @@ def crashes() -> None:
     cases = [Case.parse(SMALL.format(tokens=1 + i % 33, seed=i)) for i in range(STORM)]
     clean = stormy = 0.0
     died = 0
-    with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (deadly.__name__,), Path(folder), 60) as worker:
+    with tempfile.TemporaryDirectory() as folder, Supervisor(CPU, (DEADLY,), Path(folder), 60) as worker:
         worker.checks, worker.budget = tier.checks, Budget(tier.replay_runs, tier.replay_s)
         for name in ("clean", "stormy"):
             (Path(folder) / name).mkdir()
         journals = [Journal(Path(folder) / name) for name in ("clean", "stormy")]
-        worker.judge(cases[0], deadly.CLEAN.name)
+        worker.judge(cases[0], RIGHT)
 
         def judged(journal: Journal, items: Iterable[tuple[str, Case]]) -> None:
             nonlocal died
@@ -154,7 +154,7 @@ def crashes() -> None:
                 journal.append(verdict)
 
         for start in range(0, STORM, 50):
-            right = [(deadly.CLEAN.name, case) for case in cases[start : start + 50]]
+            right = [(RIGHT, case) for case in cases[start : start + 50]]
             mixed = [(kernels[i // EVERY % 2] if i % EVERY == EVERY - 1 else own, c) for i, (own, c) in enumerate(right)]
             clean += timed(partial(judged, journals[0], right))
             stormy += timed(partial(judged, journals[1], mixed))
