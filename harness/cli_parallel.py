@@ -66,6 +66,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
         begin(the_plan, folder)
     out = Console(soft_wrap=True, highlight=False)
     started = time.monotonic()
+    host = _host_of(folder, host)
     record = Journal(folder)
     try:
         with Ranks(here, ranks, the_plan.limit_s, the_plan.request.plugins, host) as group:
@@ -98,6 +99,14 @@ def _plan(request: Request, ranks: int) -> Plan:
     if not items:
         raise SelectionError("no case of several ranks is left; `moecheck list` shows what runs on this platform")
     return Plan(request, request.limit_s or LIMIT_S, tuple(dict.fromkeys(items)))
+
+
+def _host_of(folder: Path, asked: str) -> str:
+    """The host of a run that goes on; MoecheckError for another one than it began with."""
+    begun = {v.environment.get("host", HOST) for v in journal.read(folder)} or {asked}
+    if asked not in (HOST, *begun):
+        raise MoecheckError(f"--host {asked}: {folder} was begun with {', '.join(begun)}; give another folder")
+    return begun.pop()
 
 
 def _ranks_of(the_plan: Plan) -> int:

@@ -23,7 +23,7 @@ from harness.plan import grid as grid_of
 from harness.report import coverage, junit, markdown
 from harness.report.table import summary
 from harness.report.text import explain, line
-from harness.session import shard_of
+from harness.session import device_of, shard_of
 
 if TYPE_CHECKING:
     from harness.verdict import Verdict
@@ -109,11 +109,7 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
     started = time.monotonic()
     watcher = _Watcher(len(mine.items), len(before), err if err.is_terminal else out, manner.verbose)
     stop = not mine.items or (manner.fail_fast and any(map(_red, before)))
-    code: int = pytest.ExitCode.OK
-    if not stop and manner.ray:
-        _on_cluster(mine, folder, manner, watcher)
-    elif not stop:
-        code = pytest.main(_arguments(folder, manner), plugins=[watcher])
+    code = pytest.ExitCode.OK if stop else _drive(mine, folder, manner, watcher)
     if watcher.stopped:
         raise MoecheckError(watcher.stopped)
     if code == pytest.ExitCode.USAGE_ERROR:  # pytest has said why
@@ -135,12 +131,27 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
         return 1
     if missing:
         raise Incomplete(f"{missing} of {len(mine.items)} cases have no verdict; continue with: moecheck run --resume {folder}")
-    tools = sanitized.tools_of(plan.request.tier, shard)
-    return exit_code(verdicts + sanitized.sweep(plan, folder, tools, out))
+    return exit_code(verdicts + _sanitized(plan, folder, verdicts, out))
 
 
-def _on_cluster(plan: Plan, folder: Path, manner: Manner, watcher: _Watcher) -> None:
-    """Judge what is left of a plan on a Ray cluster, into the one journal."""
+def _sanitized(plan: Plan, folder: Path, verdicts: list[Verdict], out: Console) -> list[Verdict]:
+    """The verdicts of the nightly's part under a sanitizer; Incomplete where a cluster judged the plan and this machine, its
+    driver, has no such device."""
+    shard = shard_of(folder)
+    if not any(sanitized.owed(plan, shard, verdicts).values()):
+        return []
+    try:
+        device_of(plan.request.platform)
+    except MoecheckError as error:
+        there = f"where it is: moecheck run --resume {folder}"
+        raise Incomplete(f"every case has its verdict, but none under a sanitizer: {error}; {there}") from error
+    return sanitized.sweep(plan, folder, sanitized.tools_of(plan.request.tier, shard), out)
+
+
+def _drive(plan: Plan, folder: Path, manner: Manner, watcher: _Watcher) -> int:
+    """Judge what is left of a plan, here or on a Ray cluster, into the one journal; pytest's exit code."""
+    if not manner.ray:
+        return pytest.main(_arguments(folder, manner), plugins=[watcher])
     from harness.executor.on_ray import cluster
 
     record = journal.Journal(folder)
@@ -156,6 +167,7 @@ def _on_cluster(plan: Plan, folder: Path, manner: Manner, watcher: _Watcher) -> 
     finally:
         watcher.pytest_sessionfinish()
         record.close()
+    return pytest.ExitCode.OK
 
 
 def _arguments(folder: Path, manner: Manner) -> list[str]:

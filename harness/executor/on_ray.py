@@ -45,7 +45,7 @@ class Worker:
         ray = _ray()
         node = str(ray.get_runtime_context().get_node_id())
         place = f"{socket.gethostname()} (Ray node {node[:8]}, process {os.getpid()})"
-        return {"node": node, "place": place, "version": __version__, "fault": self._fault}
+        return {"node": node, "place": place, "process": str(os.getpid()), "version": __version__, "fault": self._fault}
 
     def judge(self, case_id: str, subject: str) -> dict[str, str]:
         """The verdict as JSON text, or whose fault it is that there is none."""
@@ -72,6 +72,7 @@ class _Hired:
     started: Any
     node: str = ""
     place: str = "a node that it never told of"
+    process: int = 0
 
 
 class Cluster:
@@ -132,7 +133,7 @@ class Cluster:
             return self._lost(hired)
         _accepted(reply, hired.place)
         if item is None:
-            hired.node, hired.place = reply["node"], reply["place"]
+            hired.node, hired.place, hired.process = reply["node"], reply["place"], int(reply["process"])
             for _ in range(DEPTH):
                 self._feed(hired)
             return None

@@ -82,8 +82,8 @@ def verdict(case: Case, subject: str, answers: Sequence[Answer], limit_s: float,
     text = f"rank {first.rank} of {ranks}, during {first.stage}: {how}"
     if first.victim:
         text = f"the ranks wait for each other: {', '.join(f'rank {a.rank} {_state(a)}' for a in answers)}"
-        if wrong := misrouted(answers, due):
-            text, evidence["rank"], evidence["during"] = wrong
+    if wrong := misrouted(answers, due):  # whatever came of rows that nobody sent
+        status, text, evidence["rank"], evidence["during"] = Status.WRONG, f"{wrong[0]}; then: {text}", *wrong[1:]
     return Verdict(case.id, subject, status, Stage.LAUNCH, text, (Finding("rank", text, evidence),))
 
 
@@ -97,7 +97,8 @@ def misrouted(answers: Sequence[Answer], due: Due) -> tuple[str, int, str] | Non
     for exchange in EXCHANGES:
         for answer in answers:
             for told in answer.splits.get(exchange, ()):
-                if (wanted := due[exchange][answer.rank]) != told:
+                wanted = due[exchange][answer.rank]
+                if wanted != told:
                     counts = f"it sends {list(told[0])} rows and receives {list(told[1])}"
                     routed = f"the routing says {list(wanted[0])} and {list(wanted[1])}"
                     return f"rank {answer.rank}, during {exchange}: {counts}; {routed}", answer.rank, exchange

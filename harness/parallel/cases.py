@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from harness.backends.base import Backend, Device
+from harness.case import Case
 from harness.errors import SelectionError
 from harness.parallel.part import by_slots
 from harness.select import Item, plan_backend
-from reference.rounding import Rounding
 
 SUFFIX = re.compile(r"(?P<backend>.+)_ep(?P<ranks>\d+)")
 STRENGTH = {"smoke": 1, "ci": 2, "nightly": 3}
@@ -22,6 +22,7 @@ EDGES: dict[str, dict[str, list[int | str]]] = {
 COMMON: dict[str, list[int | str]] = {
     "routing": ["renormalize"],
     "fill": ["exact", "real"],
+    "bias": ["nobias", "bias"],
     "skew": ["uniform", "hot", "half"],  # half: ranks that receive nothing; hot with top_k 1: everything goes to one rank
 }
 EACH = {"cpu": 4, "cuda": 16}  # experts of a rank; one more makes the ranks uneven
@@ -70,8 +71,11 @@ def refuses(backend: Backend) -> str | None:
     return None
 
 
-def mixes_tokens(backend: Backend, rounding: Rounding | None) -> str | None:
-    """Why a case's packets cannot be judged rank by rank, or None."""
+def indivisible(backend: Backend, case: Case) -> str | None:
+    """Why a case cannot be taken apart into packets, or None."""
+    rounding = backend.rounding(case)
+    if by_slots(backend) and case.weighting == "oninput":
+        return "the routing weights are on the input; a slot is sent without its weight"
     if rounding is not None and rounding.spans_rows:
         how = "slot" if by_slots(backend) else "token"
         return f"a scale is fitted to the whole batch; a rank that receives a {how} of it would fit another"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from reference.routing import Routing
 class Part(Handed):
     """Inputs of one rank; its expert 0 is expert `first` of `whole`, whose weights and static scales it has."""
 
+    own_experts: ClassVar[bool] = False
+
     whole: Inputs | None = None
     first: int = 0
 
@@ -33,6 +36,16 @@ class Part(Handed):
         """See Inputs."""
         assert self.whole is not None
         return self.whole.down(expert + self.first)
+
+    def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """See Inputs."""
+        assert self.whole is not None
+        return self.whole.gate_up_bias(expert + self.first)
+
+    def down_bias(self, expert: int) -> Tensor | None:
+        """See Inputs."""
+        assert self.whole is not None
+        return self.whole.down_bias(expert + self.first)
 
     @property
     def middle_scale(self) -> float | None:

@@ -17,7 +17,7 @@ from harness.errors import MoecheckError
 from harness.inputs import Inputs, make_inputs
 from harness.known import mark
 from harness.parallel import blame
-from harness.parallel.cases import mixes_tokens, split
+from harness.parallel.cases import indivisible, split
 from harness.parallel.expected import Traffic, traffic, whole
 from harness.parallel.group import Group
 from harness.parallel.judge import Layer
@@ -121,7 +121,7 @@ class Ranks:
     def _calls(self, backend: Backend, inputs: Inputs, plan: Traffic) -> tuple[list[int], str]:
         """(the ranks whose kernel is called, why the case cannot be run). A rank without packets is called if its kernel takes
         an empty batch, and skipped otherwise, as engines do."""
-        if reason := mixes_tokens(backend, backend.rounding(inputs.case)):
+        if reason := indivisible(backend, inputs.case):
             return [], reason
         calls = []
         for rank in range(self.ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,30 @@ def test_a_killed_node_costs_only_what_it_was_judging(raylets: Any, tmp_path: Pa
     nodes = [raylets.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]
     raylets.wait_for_nodes()
     plan = plan_of(tmp_path, 12, "slow")
-    seen, places = [], set()
+    seen, killed = [], nodes[0].node_id
     with cluster(plan, list(plan.items), None) as devices:
+        places = [told["node"] for told in ray.get([hired.started for hired in devices.hired])]
         for verdict in devices.verdicts():
             seen.append(verdict)
-            places |= {hired.node for hired in devices.hired}
             if len(seen) == 3:
                 raylets.remove_node(nodes[0], allow_graceful=False)
         left = {hired.node for hired in devices.hired}
     assert sorted(Item(v.case_id, v.subject) for v in seen) == sorted(plan.items)
     assert {v.status for v in seen} == {Status.PASSED}
-    assert len(left) == 2
+    assert killed in places
+    assert len(set(places)) == 3
+    assert killed not in left
+
+
+def test_a_killed_actor_is_replaced_where_its_node_lives_on(raylets: Any, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, 4, "slow")
+    with cluster(plan, list(plan.items), 1) as devices:
+        verdicts = devices.verdicts()
+        seen = [next(verdicts)]
+        os.kill(devices.hired[0].process, signal.SIGKILL)
+        seen += verdicts
+    assert sorted(v.case_id for v in seen) == sorted(item.case_id for item in plan.items)
+    assert {v.status for v in seen} == {Status.PASSED}
 
 
 def test_a_crash_is_a_verdict_and_a_run_goes_on_where_another_executor_stopped(raylets: Any, tmp_path: Path, moecheck) -> None:  # type: ignore[no-untyped-def]
