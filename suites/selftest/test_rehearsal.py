@@ -6,6 +6,7 @@ with `night.single`, at the end of this file.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -165,4 +166,39 @@ def test_what_people_read_of_it_is_the_same(night: Night) -> None:
     assert pictures[0] == pictures[1] != []
 
 
-# After the merge: report, history, coverage ledger.
+def asked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    """(exit code, JSON) of a command."""
+    capsys.readouterr()
+    code = call(*arguments, "--json")
+    return code, json.loads(capsys.readouterr().out)
+
+
+def cells(told: dict[str, Any]) -> dict[tuple[str, ...], tuple[Any, ...]]:
+    """The executed cells of `moecheck coverage --json`, without when and in which run."""
+    names = ("backend", "recipe", "activation_format", "arch")
+    return {
+        tuple(c[n] for n in names): (c["state"], c["executed"], c["failed"]) for c in told["cells"] if c["state"] == "executed"
+    }
+
+
+def test_report_history_and_coverage_agree_with_one_run(
+    night: Night, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, pages = [], []
+    for name, folder in (("merged", night.merged), ("single", night.single)):
+        assert call("history", "add", folder, "--to", tmp_path / name) == 0
+        code, history = asked(capsys, "history", tmp_path / name)
+        assert (code, len(history["runs"]), history["regressions"]) == (0, 1, [])
+        assert (history["runs"][0]["verdicts"], history["runs"][0]["failed"]) == (len(night.plan.items), red(folder))
+        told.append(cells(asked(capsys, "coverage", tmp_path / name, "--platform", "cpu")[1]))
+        assert call("report", folder, "-o", tmp_path / f"{name}.html") == 0
+        pages.append((tmp_path / f"{name}.html").read_text())
+    assert told[0] == told[1] != {}
+    assert sum(executed for _, executed, _ in told[0].values()) == len(night.plan.items)
+    assert all(item.case_id in page for page in pages for item in night.plan.items)
+    assert call("diff", night.single, night.merged) == 0
+
+
+def red(folder: Path) -> int:
+    """How many verdicts failed."""
+    return sum(v.status.failed for v in journal.read(folder))
