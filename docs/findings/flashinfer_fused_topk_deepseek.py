@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -76,9 +77,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a GPU")
         return 2
-    asked = [partial(picks, shift, experts) for shift in (0.0, -1.1) for experts in (128, 160, 256, 384)]
+    asked: list[Callable[[], dict[str, object]]] = [precision, no_tokens]
+    asked += [partial(picks, shift, experts) for shift in (0.0, -1.1) for experts in (128, 160, 256, 384)]
     found = 0
-    for question in (precision, no_tokens, *asked):  # an illegal address ends the process: each answer is printed at once
+    for question in asked:  # an illegal address ends the process: each answer is printed at once
         row = question()
         print(json.dumps(row), flush=True)
         found += bool(row["wrong_rows"])
