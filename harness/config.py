@@ -353,7 +353,12 @@ def platform(name: str, root: Path = ROOT) -> Platform:
     own = _named("platforms", name, Platform, root)
     if not own.like:
         return own
-    base = _named("platforms", own.like, Platform, root)
+    try:
+        base = _named("platforms", own.like, Platform, root)
+    except UnknownName as error:
+        path = root / "platforms" / f"{name}.yaml"
+        line = _line(_Loader(_text(path)).get_single_node(), ("like",)) or 1
+        raise ConfigError(str(path), line, f"like: {own.like}", str(error)) from error
     both = {key: getattr(base, key) + getattr(own, key) for key in ("widths", "scale_shapes", "hazards", "contracts")}
     return own.model_copy(update={**both, "top_k": {**base.top_k, **own.top_k}})
 

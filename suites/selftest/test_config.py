@@ -86,3 +86,13 @@ def test_a_misspelt_axis_of_a_known_issue_is_refused(tmp_path: Path) -> None:
     (tmp_path / "known_issues.yaml").write_text(text.replace("tokens:", "token:"))
     with pytest.raises(ConfigError, match="tokens"):
         config.known_issues(tmp_path)
+
+
+def test_a_platform_like_one_that_is_not_there_is_located(tmp_path: Path) -> None:
+    """It said which name is unknown, and neither in which file nor where."""
+    (tmp_path / "platforms").mkdir()
+    text = (config.ROOT / "platforms" / "sm103.yaml").read_text().replace("like: sm100", "like: sm999")
+    (tmp_path / "platforms" / "sm103.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.platform("sm103", tmp_path)
+    assert f"sm103.yaml:{text[: text.index('like: ')].count(chr(10)) + 1}: given like: sm999" in str(caught.value)
