@@ -61,6 +61,24 @@ CORE = (
     "whatif",
 )
 WORLD = {"os", "pathlib", "subprocess", "sys", "io", "tempfile", "yaml", "pytest", "multiprocessing", "time", "socket"}
+PURE = (
+    "executor/board",
+    "history/answers",
+    "history/ledger",
+    "latency/power",
+    "latency/statistics",
+    "latency/work",
+    "parallel/cases",
+    "parallel/expected",
+    "parallel/judge",
+    "parallel/part",
+    "parallel/placement",
+    "report/page_data",
+    "versions/attribute",
+    "versions/diff",
+    "versions/search",
+    "versions/window",
+)  # rooms of the shell that only compute
 PACKING = {"harness.backends.base", "harness.case", "harness.entry", "harness.errors", "harness.guard", "harness.inputs"}
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
 ENVIRONMENT_READERS = {
@@ -111,6 +129,12 @@ def test_core_touches_no_files_environment_processes_or_clock(name: str) -> None
     shell = {m for m in imports(path) if m.startswith("harness.") and m.split(".")[1] not in (*CORE, "backends")}
     assert not shell, f"{relative(path)} imports the shell: {shell}"
     assert not {m for m in imports(path) if m.split(".")[0] in WORLD}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_thinking_of_a_shell_touches_nothing_either(name: str) -> None:
+    """A search, a statistic or a ledger is asked a thousand times by its self-tests: no files, no clock, no processes."""
+    assert not {m for m in imports(ROOT / "harness" / f"{name}.py") if m.split(".")[0] in WORLD}
 
 
 @pytest.mark.parametrize("path", [p for p in sources("harness/backends") if p.stem not in ("__init__", "base")], ids=relative)
