@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SKIPPED = ("nonrelocated_elf_images", "global_memory", "shared_memory", "local_memory", "constbank_memory")
@@ -121,12 +121,14 @@ def _size(file: Path) -> int:
 
 
 def read(folder: Path, pid: int, log: str) -> Facts | None:
-    """What the dump of that process says, else what its log says; None where neither says anything."""
+    """What the dump of that process says, else what its log says; None where neither says anything. Of a failed assertion
+    cuda-gdb 13.0 knows the kernel and no exception: the log has that."""
     dump = _dump(folder, pid)
     path = str(dump) if _size(dump) else ""
+    logged = parse_log(log, path)
     if path and (said := _debugged(dump)) and (facts := parse_debugger(said, path)):
-        return facts
-    return parse_log(log, path) or (Facts("file", dump=path) if path else None)
+        return facts if facts.exception or logged is None else replace(facts, exception=logged.exception)
+    return logged or (Facts("file", dump=path) if path else None)
 
 
 def _debugged(dump: Path) -> str:

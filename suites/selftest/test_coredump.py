@@ -151,6 +151,18 @@ def test_the_dump_is_read_first_then_the_log_then_its_name_is_told(tmp_path: Pat
     assert read(tmp_path, 7, LOG) == parse_debugger(ILLEGAL, str(dump))
 
 
+def test_an_assertion_that_the_debugger_takes_for_a_busy_kernel_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on an H200: cuda-gdb 13.0 shows no `CUDA Exception` for a failed device assertion."""
+    dump = tmp_path / "gpu.7.nvcudmp"
+    dump.write_bytes(b"ELF")
+    debugger(tmp_path, monkeypatch, BUSY)
+    log = LOG.replace("WARP_ILLEGAL_ADDRESS (14)", "WARP_ASSERT (12)")
+    assert read(tmp_path, 7, log) == Facts("cuda-gdb", "Warp Assert", "spin_kernel", "", str(dump))
+    assert read(tmp_path, 7, "a hung child says nothing") == Facts("cuda-gdb", "", "spin_kernel", "", str(dump))
+
+
 def driver(folder: Path, pid: int, got: list[int]) -> threading.Thread:
     """What the CUDA driver does: waits at the pipe, then writes a dump."""
     os.mkfifo(pipe(folder, pid))

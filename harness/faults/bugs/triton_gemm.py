@@ -134,7 +134,7 @@ PATCHES = (
         "B055",
         "block_k_overridden",
         "https://github.com/vllm-project/vllm/pull/6502",
-        ("precision", "scale_roll", "unexplained", "constant_factor"),
+        ("precision", "scale_roll", "wrong_scales", "unexplained", "constant_factor"),
         "The tuned BLOCK_K is overridden: one block scale is used for two groups of K.",
         (
             (

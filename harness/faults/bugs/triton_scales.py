@@ -37,7 +37,7 @@ PATCHES = (
         "B048",
         "scales_read_in_another_layout",
         "https://github.com/vllm-project/vllm/pull/54773",
-        ("scale_roll", "unexplained"),
+        ("scale_roll", "wrong_scales", "unexplained"),
         "Preparation and kernel disagree on the scale layout: the scales of a matrix are read column by column.",
         (
             (

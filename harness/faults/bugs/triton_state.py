@@ -36,7 +36,7 @@ PATCHES = (
         "B120",
         "weights_cached_by_shape",
         "https://github.com/flashinfer-ai/flashinfer/pull/3066",
-        ("other_weights", "stale", "wrong_expert", "expert_permutation"),
+        ("other_weights", "stale", "wrong_expert", "expert_permutation", "constant_factor"),
         "Prepared factors are cached by shape: another layer of the same shapes gets the first one's.",
         (
             (
@@ -97,7 +97,7 @@ PATCHES = (
         "B160",
         "id_beyond_the_experts",
         "https://github.com/ROCm/aiter/pull/2478",
-        ("exception", "death", "non_finite", "wrong_expert", "poison", "red_zone"),
+        ("exception", "death", "non_finite", "wrong_expert", "expert_permutation", "poison", "red_zone"),
         "Expert ids are global where local ones are due: the block's expert lies beyond the weights.",
         (("expert = tl.load(experts_ptr + block).to(tl.int64)", "expert = tl.load(experts_ptr + block).to(tl.int64) + 1"),),
     ),
