@@ -6,7 +6,7 @@
 | backend | alone | under a sanitizer |
 |---|---|---|
 | gpu_illegal_address, gpu_misaligned | CRASHED, the kernel named from the coredump | CORRUPTING (memcheck) |
-| gpu_device_assert | CRASHED, the condition named | CRASHED |
+| gpu_device_assert | CRASHED, the assertion and its kernel named | CRASHED |
 | gpu_endless_loop | HUNG, the kernel named | no report within the limit: exit code 3 |
 | gpu_out_of_memory | OUT_OF_MEMORY | OUT_OF_MEMORY |
 | gpu_writes_beyond | PASSED, as a rule: the block behind is nobody's | CORRUPTING (memcheck) |

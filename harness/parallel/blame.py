@@ -6,12 +6,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from harness.case import Case
 from harness.verdict import Finding, Stage, Status, Verdict
 from harness.worker import death, vitals
+from harness.worker.coredump import Facts
 from harness.worker.death import Death
 from harness.worker.log import tail
 from harness.worker.protocol import Message
@@ -26,7 +27,8 @@ Due = Mapping[str, Sequence[Splits]]  # exchange -> the splits of each rank that
 @dataclass
 class Answer:
     """What became of one rank's request. stage: the last it told of; waits: for other ranks, in there; splits: what it said of
-    each exchange; reply: None where it gave none; raised: what its kernel or host raised; hang: where it is silent."""
+    each exchange; reply: None where it gave none; raised: what its kernel or host raised; hang: where it is silent; gpu: what
+    its device said of its death."""
 
     rank: int
     stage: str = STAGES[0]
@@ -41,6 +43,7 @@ class Answer:
     output: str = ""
     resident: int = 0
     oom_kills: int = 0
+    gpu: Facts | None = None
     at: float = 0.0
 
     @property
@@ -123,7 +126,9 @@ def _how(answer: Answer, limit_s: float) -> tuple[Status, str, dict[str, Any]]:
     if answer.hang:
         return Status.HUNG, f"no answer within {limit_s:g} s: {answer.hang}", evidence
     text = death.how(last) + (f" for lack of memory ({memory})" if memory else "")
-    if not memory and (words := death.last_words(answer.output)):
+    if answer.gpu is not None:
+        text, evidence["gpu"] = f"{text}: {answer.gpu.text}", asdict(answer.gpu)
+    elif not memory and (words := death.last_words(answer.output)):
         text += f", having said: {words}"
     return status, text, {**evidence, "exit_code": answer.exit_code}
 

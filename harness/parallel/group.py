@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.errors import MoecheckError
 from harness.parallel.blame import Answer
 from harness.parallel.rank import RankSetup, main
-from harness.worker import vitals
+from harness.worker import coredump, vitals
 from harness.worker.process import Child, start
 from harness.worker.protocol import CorruptedReply, Message
 from harness.worker.supervisor import LEAVE_S, WorkerBug
@@ -104,6 +104,8 @@ class Group:
                 answer.hang = child.question(marks[answer.rank])
             answer.output = child.log.since(marks[answer.rank])
             answer.resident, answer.oom_kills = child.resident, vitals.oom_kills() - kills
+            if answer.dead and self.setup.device.kind == "cuda":
+                answer.gpu = coredump.read(self.logs, child.pid, answer.output)
         return answers
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from harness.backends import discover
-from harness.backends.base import CPU
+from harness.backends.base import CPU, Device
 from harness.case import Case
 from harness.errors import MoecheckError
 from harness.parallel import blame
 from harness.parallel.blame import Answer as Said
 from harness.parallel.cases import indivisible
+from harness.parallel.group import Group
 from harness.parallel.placement import Placement, share
+from harness.parallel.rank import RankSetup
 from harness.parallel.run import Ranks
 from harness.select import Item
 from harness.verdict import Status, Verdict
@@ -163,6 +168,24 @@ def test_survivors_of_a_dead_rank_are_not_blamed() -> None:
     verdict = blame.verdict(Case.parse(CASE), "x_ep3", [aborted, gave_up, guilty], 9.0, {})
     assert verdict.reason == "rank 2 of 3, during launch: killed by SIGSEGV"
     assert verdict.findings[0].evidence["others"] == {"0": "died in return", "1": "gave up in dispatch"}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_what_the_device_said_is_the_cause_not_the_drivers_chatter(tmp_path: Path, kind: str) -> None:
+    """On two H200 a bad address came home as `having said: coredump: All done`."""
+    said = "coredump: Detected an exception of type CUDBG_EXCEPTION_WARP_ILLEGAL_ADDRESS (14)\ncoredump: All done (took 00s)\n"
+    ours, theirs = Pipe()
+    theirs.close()
+    log = SimpleNamespace(since=lambda mark: said)
+    channel = SimpleNamespace(pipe=ours, receive=lambda deadline: ours.recv())
+    group = Group(RankSetup(Device(kind, "sm90"), (), "", ranks=1), tmp_path, 1.0)
+    group._children = [SimpleNamespace(channel=channel, log=log, process=SimpleNamespace(sentinel=ours), pid=7, resident=0)]  # type: ignore[list-item]
+    group._children[0].exit_code = lambda: -6  # type: ignore[method-assign]
+    (answer,) = group._listen(time.monotonic() + 5, [0])
+    reason = blame.verdict(Case.parse(CASE), "x_ep1", [answer], 9.0, {}).reason
+    assert ("killed by SIGABRT: CUDA exception Warp Illegal Address (said by the process log)" in reason) == (kind == "cuda"), (
+        reason
+    )
 
 
 def test_ranks_that_wait_for_each_other_are_told_apart_by_what_the_routing_says() -> None:
