@@ -113,7 +113,7 @@ def bisect(
         while len(span) > 1 and span[-1] in unknown:
             span = span[:-1]
         seen = Tally(len(span), ((span.index(r.version), _turned(r.answer, question)) for r in runs if r.version in span))
-        now = step(seen, model)
+        now = _nothing(runs) if len(span) < 2 and unknown else step(seen, model)
         if not isinstance(now, Next):
             middle = now.first_bad if isinstance(now, Found) else len(span)
             return Result(question, span, now, tuple(runs), rates(seen.fails, seen.passes, middle))
@@ -122,6 +122,11 @@ def bisect(
             journal.append(run)
         runs.append(run)
         watch(run, now)
+
+
+def _nothing(runs: Sequence[Run]) -> Stopped:
+    untold = [r for r in runs if r.answer is Answer.UNKNOWN]
+    return Stopped(f"{len(untold)} versions cannot be told and no two are left; the last of them, {untold[-1].text}")
 
 
 def _turned(answer: Answer, question: Question) -> Answer:
