@@ -175,5 +175,5 @@ def _call(command: list[str], limit_s: float, lock: int | None = None) -> subpro
 def _why(done: subprocess.CompletedProcess[str]) -> str:
     """What git said last, and what to do where the disk is full."""
     said = printable(done.stderr.strip())[-LAST:]
-    full = done.returncode == -signal.SIGXFSZ or NO_ROOM.search(said)
+    full = NO_ROOM.search(said) or done.returncode == -signal.SIGXFSZ or said.endswith(f"signal {signal.SIGXFSZ:d}")
     return f"{said or f'exit status {done.returncode}'}{f'; {ROOM}' if full else ''}"

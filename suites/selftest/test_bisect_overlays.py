@@ -1,4 +1,4 @@
-"""The bisect over overlays: a case and commands over a wheelhouse and over commits, killed at random points and resumed."""
+"""The bisect over overlays: a case and commands over a wheelhouse, killed at random points and resumed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,12 +16,11 @@ from zipfile import ZipFile
 
 import pytest
 
-from harness.errors import CannotTell, MoecheckError
+from harness.errors import CannotTell
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
 from harness.versions import cases, env
 from harness.versions.cases import Judged, lacking, signature
 from harness.versions.env import Overlay, Terms
-from harness.versions.git import Commits
 from harness.versions.search import Answer
 
 TOY = "moecheck-toy"
@@ -208,79 +204,6 @@ def test_killed_at_ten_random_points_and_resumed(wheels: Path, tmp_path: Path) -
     assert not [
         p for p in (tmp_path / "killed" / "cache" / "overlays").iterdir() if p.name.startswith(".") and p.suffix != ".dead"
     ]
-
-
-# commits
-
-
-def git(folder: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main", "-c", "commit.gpgsign=false")
-    return subprocess.run(
-        ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> Path:
-    """Eight commits on main, wrong from the sixth on, the fourth of which does not build, and a merge between."""
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    folder = tmp_path / "repo"
-    folder.mkdir()
-    git(folder, "init", "--quiet")
-    for number in range(1, 9):
-        (folder / "moecheck_toy.py").write_text(f"NUMBER = {number}\ndef scale(x):\n    return x * {2 if number >= 6 else 1}\n")
-        (folder / "setup.sh").write_text("exit 3\n" if number == 4 else 'mkdir -p "$1" && cp moecheck_toy.py "$1"\n')
-        git(folder, "add", ".")
-        git(folder, "commit", "--quiet", "-m", f"change {number}")
-        if number == 2:
-            git(folder, "checkout", "--quiet", "-b", "side")
-            git(folder, "commit", "--quiet", "--allow-empty", "-m", "aside")
-            git(folder, "checkout", "--quiet", "main")
-            git(folder, "merge", "--quiet", "--no-ff", "side", "-m", "merge side")
-    return folder
-
-
-TEST = f"{sys.executable} -S -c 'import moecheck_toy; raise SystemExit(moecheck_toy.scale(1) != 1)'"
-
-
-@pytest.mark.parametrize("build", ["", "sh setup.sh {target}"])
-def test_commits_are_checked_out_built_and_tried(
-    moecheck: Callable[..., Any], repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str
-) -> None:
-    monkeypatch.setattr(env, "cache_folder", lambda: tmp_path / "cache")
-    before = git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")
-    first = git(repo, "rev-list", "--max-parents=0", "HEAD")
-    options = ("--good", first, "--bad", "newest", "--command", TEST, "--axis", "git", "--repo", str(repo), "--build", build)
-    answer = moecheck("bisect", TOY, *options, "--files")
-    assert answer.code == 0, answer.err
-    assert "change 6\n" in answer.out
-    assert "M moecheck_toy.py" in answer.out
-    assert (git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")) == before
-    swapped = moecheck("bisect", TOY, "--good", "main", "--bad", first, *options[4:], "--find-fix")
-    assert "the bad end never fails" in swapped.out
-
-
-def test_a_commit_says_which_it_is_and_why_it_does_not_build(repo: Path, tmp_path: Path) -> None:
-    commits = Commits(str(repo), TOY, "sh setup.sh {target}", tmp_path / "cache")
-    span = commits.between(commits.resolve("main~7"), commits.resolve("main"))
-    assert [commits.told(c).split(" ", 1)[1] for c in span][1:3] == ["merge side", "change 3"]  # first parents
-    fourth = span[3]
-    with pytest.raises(CannotTell, match=rf"{fourth[:12]} does not build \(exit status 3\)"):
-        commits.overlay(fourth)
-    overlay = commits.overlay(span[-1])
-    code = "import moecheck_toy, importlib.metadata as m; print(moecheck_toy.NUMBER, m.version('moecheck-toy'))"
-    from harness.versions.judging import environment
-
-    said = subprocess.run([sys.executable, "-c", code], env=environment(overlay), capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["8", f"0+g{span[-1][:12]}"]
-    git(repo, "commit", "--quiet", "--allow-empty", "-m", "later")
-    later = Commits(str(repo), TOY, "", tmp_path / "cache")
-    assert later.told(later.resolve("main")).endswith("later")
-    assert later.resolve("newest") == later.resolve("main")
-    for call in (lambda: later.resolve("nowhere"), lambda: later.between(span[3], span[1])):
-        with pytest.raises(MoecheckError, match=r"no revision|not an ancestor"):
-            call()
 
 
 def test_questions_that_cannot_be_asked(moecheck: Callable[..., Any], wheels: Path) -> None:
