@@ -54,10 +54,10 @@ def resolve(name: str, device: str) -> Function:
         if name not in twins():
             raise UnknownName("twin", name, twins())
         return twins()[name]
-    return _observed(name, _imported(name))
+    return observed(name, _imported(name))
 
 
-def _observed(name: str, function: Function) -> Function:
+def observed(name: str, function: Function) -> Function:
     if isinstance(function, type) or not callable(function):  # an enum
         return function
 
