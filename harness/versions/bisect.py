@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -240,11 +241,15 @@ class Journal:
         os.close(self._file)
 
     def _write(self, data: Mapping[str, object]) -> None:
+        line = (json.dumps(data) + "\n").encode()
         try:
-            os.write(self._file, (json.dumps(data) + "\n").encode())
+            if os.write(self._file, line) < len(line):  # a full disk takes what it can; the next reader drops it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
-            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; nothing is lost but this run") from error
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}; free some room, only this run is lost"
+            ) from error
 
     def _read(self, question: Question) -> Iterator[Run]:
         data = regular(self.path, MAX_JOURNAL)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from harness.errors import CannotTell, MoecheckError, OverlayError
 from harness.reading import printable
@@ -21,6 +22,8 @@ from harness.versions.uv import NO_ROOM
 CLONE_S = 3600.0
 LAST = 300  # characters of what a build said last
 SHORT = 12  # digits of a commit's name, as git abbreviates in large repositories
+# a hook of the user's repository sets these (git rev-parse --local-env-vars), and git would work there
+OF_A_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 ROOM = "free some room, or set XDG_CACHE_HOME to a folder that has some"
 
 
@@ -103,9 +106,8 @@ class Commits:
     def _built(self, commit: str, place: Path, target: Path, lock: int) -> None:
         """The lock goes to the command, as to git (`_call`)."""
         command = self._build.replace("{target}", str(target)).replace("{commit}", commit)
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False
-        )
+        where: Any = {"cwd": place, "env": _environment(), "stdin": subprocess.DEVNULL, "pass_fds": (lock,)}
+        done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **where)
         if done.returncode:
             said = printable(done.stdout.decode(errors="replace").strip()[-LAST:])
             if NO_ROOM.search(said):
@@ -142,7 +144,7 @@ class Commits:
         return done.stdout
 
     def _try(self, *arguments: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
-        return _call(["git", "-C", str(self._bare), *arguments], self._limit_s, lock)
+        return _call(["git", "--git-dir", str(self._bare), *arguments], self._limit_s, lock)
 
     @contextmanager
     def _held(self, name: str) -> Iterator[int]:
@@ -164,12 +166,25 @@ def _call(command: list[str], limit_s: float, lock: int | None = None) -> subpro
     held = () if lock is None else (lock,)
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False, pass_fds=held
+            command,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+            pass_fds=held,
         )
     except FileNotFoundError as error:
         raise OverlayError("git is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise OverlayError(f"git took more than {limit_s:.0f} s") from error
+
+
+def _environment() -> dict[str, str]:
+    """Of git and of builds: no repository of the user's, and no questions."""
+    return {**{name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}, "GIT_TERMINAL_PROMPT": "0"}
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:

@@ -73,12 +73,14 @@ def test_commits_are_checked_out_built_and_tried(
 ) -> None:
     monkeypatch.setattr(env, "cache_folder", lambda: tmp_path / "cache")
     before = git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")
+    monkeypatch.setenv("GIT_DIR", str(repo / ".git"))  # as in a hook
     first = git(repo, "rev-list", "--max-parents=0", "HEAD")
     options = ("--good", first, "--bad", "newest", "--command", TEST, "--axis", "git", "--repo", str(repo), "--build", build)
     answer = moecheck("bisect", TOY, *options, "--files")
     assert answer.code == 0, answer.err
     assert "change 6\n" in answer.out
     assert "M moecheck_toy.py" in answer.out
+    monkeypatch.delenv("GIT_DIR")
     assert (git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")) == before
     swapped = moecheck("bisect", TOY, "--good", "main", "--bad", first, *options[4:], "--find-fix")
     assert "the bad end never fails" in swapped.out

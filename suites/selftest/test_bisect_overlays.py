@@ -6,19 +6,26 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
-from harness.errors import CannotTell
+from harness.errors import CannotTell, OverlayError, RunFolderError
+from harness.select import Item
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
-from harness.versions import cases, env
+from harness.versions import cases, env, judging
+from harness.versions.bisect import Journal, Question, Run
 from harness.versions.cases import Judged, lacking, signature
 from harness.versions.env import Overlay, Terms
 from harness.versions.search import Answer
@@ -38,14 +45,16 @@ BACKENDS = (replace(B[0], name="toy", library="moecheck-toy", prepare=prepare, e
 """
 
 
-def toy(folder: Path, version: str, body: str) -> None:
+def toy(folder: Path, version: str, body: str, needs: str = "") -> Path:
     """A wheel of the toy."""
     info = f"moecheck_toy-{version}.dist-info"
-    with ZipFile(folder / f"moecheck_toy-{version}-py3-none-any.whl", "w") as archive:
+    path = folder / f"moecheck_toy-{version}-py3-none-any.whl"
+    with ZipFile(path, "w") as archive:
         archive.writestr("moecheck_toy/__init__.py", body)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {TOY}\nVersion: {version}\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {TOY}\nVersion: {version}\n{needs}")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
+    return path
 
 
 @pytest.fixture
@@ -204,6 +213,127 @@ def test_killed_at_ten_random_points_and_resumed(wheels: Path, tmp_path: Path) -
     assert not [
         p for p in (tmp_path / "killed" / "cache" / "overlays").iterdir() if p.name.startswith(".") and p.suffix != ".dead"
     ]
+
+
+# what goes wrong
+
+TEST = f"{sys.executable} -S -c 'import moecheck_toy; raise SystemExit(moecheck_toy.scale(1) != 1)'"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """1.1 is good, 1.7 bad; of those between one is yanked, one early, one cut off, one wants an old torch."""
+    folder = tmp_path / "simple" / TOY
+    folder.mkdir(parents=True)
+    rows = []
+    for version in ("1.1", "1.2", "1.3rc1", "1.4", "1.5", "1.7"):
+        needs = "Requires-Dist: torch<2\n" if version == "1.4" else ""
+        path = toy(folder, version, f"def scale(x):\n    return x * {2 if version == '1.7' else 1}\n", needs)
+        path.write_bytes(path.read_bytes()[: 100 if version == "1.5" else None])
+        rows.append(f'<a href="{path.name}"{" data-yanked=" if version == "1.2" else ""}>{path.name}</a>')
+    torch = folder.parent / "torch"
+    torch.mkdir()
+    old = torch / "torch-1.0-py3-none-any.whl"
+    with ZipFile(old, "w") as archive:
+        archive.writestr("torch-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+        archive.writestr("torch-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("torch-1.0.dist-info/RECORD", "")
+    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{'<br>'.join(rows)}</body></html>")
+    (torch / "index.html").write_text(f'<!DOCTYPE html><html><body><a href="{old.name}">{old.name}</a></body></html>')
+    monkeypatch.setattr(env, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    return (tmp_path / "simple").as_uri()
+
+
+def test_each_release_that_cannot_be_told_is_a_sentence(moecheck: Callable[..., Any], index: str) -> None:
+    """Yanked, cut off, a downgrade of torch: stepped around, with the reason. A pre-release only as an end."""
+    ends = ("--good", "1.1", "--bad", "1.7", "--command", TEST, "--axis", "release", "--index", index)
+    answer = moecheck("bisect", TOY, *ends)
+    assert answer.code == 0, answer.err
+    assert "introduced in one of 1.2, 1.4, 1.5, 1.7 (those between could not be tested)" in answer.out
+    assert "1.2: cannot tell, moecheck-toy==1.2 is yanked: " in answer.out
+    torch = f"1.4: cannot tell, moecheck-toy==1.4: it would replace torch {metadata.version('torch')} -> 1.0, a downgrade;"
+    assert f"{torch} --allow torch lets it be replaced, in the overlay only\n" in answer.out
+    assert "1.5: cannot tell, moecheck-toy==1.5: its wheel is corrupt: " in answer.out
+    assert "1.3rc1" not in answer.out
+    early = moecheck("bisect", TOY, "--good", "1.3rc1", *ends[2:])
+    assert "last release without the change: 1.3rc1" in early.out
+
+
+def test_what_is_no_answer_of_a_release_stops_the_bisect(
+    moecheck: Callable[..., Any], wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network, a full disk: one sentence, exit code 3, and what was learnt is kept."""
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    nowhere = ("--axis", "release", "--index", "http://127.0.0.1:9/simple")
+    cut = moecheck("bisect", TOY, "--good", "1.1", "--bad", "1.12", "--command", TEST, *nowhere)
+    assert (cut.code, cut.out) == (3, "")
+    assert "the index cannot be reached: [Errno 111] Connection refused" in cut.err
+    known = moecheck("bisect", "flashinfer-python", "--good", "0.6.4", "--bad", "0.6.5", "--command", "true", *nowhere)
+    assert known.code == 3
+    assert "the releases whose contracts are stored are taken, without dates" in known.err
+    assert "give --wheelhouse DIR, a folder of wheels" in known.err
+    toy(wheels, "1.11", "def scale(x):\n    return 1\n" + "#" * 300_000)
+    journal = tmp_path / "j"
+    options = ("--good", "1.11", "--bad", "1.12", "--command", TEST, "--wheelhouse", str(wheels), "--journal", str(journal))
+    with files_of_at_most(100_000):
+        full = moecheck("bisect", TOY, *options)
+    assert full.code == 3
+    assert f"moecheck: moecheck-toy==1.11: no room under {tmp_path / 'cache'}: " in full.err
+    assert "Traceback" not in full.err
+    assert len(journal.read_text().splitlines()) == 2  # the question, and the bad end
+    assert "introduced in 1.12**" in moecheck("bisect", TOY, *options).out
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit on the size of files stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_journal_on_a_full_disk_loses_one_run(tmp_path: Path) -> None:
+    """What fits of the line is dropped by the next reader."""
+    question = Question(TOY, "1.1", "1.2", "x", by="command")
+    journal = Journal(tmp_path / "j", question)
+    run = Run("1.1", Answer.GOOD, "exit 0", 1.0)
+    journal.append(run)
+    with (
+        files_of_at_most((tmp_path / "j").stat().st_size + 9),
+        pytest.raises(RunFolderError, match="free some room, only this"),
+    ):
+        journal.append(run)
+    journal.close()
+    again = Journal(tmp_path / "j", question)
+    assert again.runs == (run,)
+    again.append(run)
+    again.close()
+    assert Journal(tmp_path / "j", question).runs == (run, run)
+
+
+def test_no_room_in_a_child_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the library is imported, when moecheck runs over it, when the kernel is built."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "moecheck_toy.py").write_text("raise OSError(28, 'No space left on device', 'cache')\n")
+    overlay = Overlay(tmp_path / "full", {TOY: "1"}, {TOY: "1"})
+    with pytest.raises(OverlayError, match=r"moecheck-toy==1: a child over it found no room: .*No space left on device"):
+        judging.importable(overlay, ("moecheck_toy.scale",))
+    monkeypatch.setattr(judging, "importable", lambda *_: None)
+    monkeypatch.setattr(judging, "_run", lambda c, o, limit, log: os.write(log, b"OSError: [Errno 28] No space left on device"))
+    with pytest.raises(OverlayError, match="found no room"):
+        judging.judge(overlay, Item(CASE, "toy"), "cpu")
+    monkeypatch.setattr(judging.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
+    monkeypatch.setattr(judging.tempfile, "TemporaryDirectory", lambda prefix: (tmp_path / "gone" / prefix).mkdir())
+    with pytest.raises(OverlayError, match=r"gone: cannot be written: No such file or directory; free some room"):
+        judging.judge(overlay, Item(CASE, "toy"), "cpu")
+    died = replace(verdict(Status.CRASHED), reason="OSError: [Errno 28] No space left on device: 'cache'")
+    monkeypatch.setattr(cases, "judge", lambda *_: died)
+    with pytest.raises(OverlayError, match="that says nothing of it, free some room"):
+        Judged(TOY, lambda v: overlay, None, Terms("cpu"), None)("1.0")  # type: ignore[arg-type]
 
 
 def test_questions_that_cannot_be_asked(moecheck: Callable[..., Any], wheels: Path) -> None:
