@@ -58,7 +58,8 @@ def resolve(name: str, device: str) -> Function:
 
 
 def observed(name: str, function: Function) -> Function:
-    if isinstance(function, type) or not callable(function):  # an enum
+    """The same function, whose first return inside `recording` is told under this name; an enum as it is."""
+    if isinstance(function, type) or not callable(function):
         return function
 
     @wraps(function)

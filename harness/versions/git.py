@@ -17,13 +17,12 @@ from typing import Any
 from harness.errors import CannotTell, MoecheckError, OverlayError
 from harness.reading import printable
 from harness.versions.env import Overlay
+from harness.versions.judging import repositoryless
 from harness.versions.uv import NO_ROOM
 
 CLONE_S = 3600.0
 LAST = 300  # characters of what a build said last
 SHORT = 12  # digits of a commit's name, as git abbreviates in large repositories
-# a hook of the user's repository sets these (git rev-parse --local-env-vars), and git would work there
-OF_A_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 ROOM = "free some room, or set XDG_CACHE_HOME to a folder that has some"
 
 
@@ -106,7 +105,7 @@ class Commits:
     def _built(self, commit: str, place: Path, target: Path, lock: int) -> None:
         """The lock goes to the command, as to git (`_call`)."""
         command = self._build.replace("{target}", str(target)).replace("{commit}", commit)
-        where: Any = {"cwd": place, "env": _environment(), "stdin": subprocess.DEVNULL, "pass_fds": (lock,)}
+        where: Any = {"cwd": place, "env": repositoryless(), "stdin": subprocess.DEVNULL, "pass_fds": (lock,)}
         done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **where)
         if done.returncode:
             said = printable(done.stdout.decode(errors="replace").strip()[-LAST:])
@@ -167,7 +166,7 @@ def _call(command: list[str], limit_s: float, lock: int | None = None) -> subpro
     try:
         return subprocess.run(
             command,
-            env=_environment(),
+            env=repositoryless(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -180,11 +179,6 @@ def _call(command: list[str], limit_s: float, lock: int | None = None) -> subpro
         raise OverlayError("git is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise OverlayError(f"git took more than {limit_s:.0f} s") from error
-
-
-def _environment() -> dict[str, str]:
-    """Of git and of builds: no repository of the user's, and no questions."""
-    return {**{name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}, "GIT_TERMINAL_PROMPT": "0"}
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:

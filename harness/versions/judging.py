@@ -37,6 +37,8 @@ MAX_ANSWER = 1 << 20
 MAX_ORDER = 1 << 28  # as a plan's file
 IMPORT_S = 300.0  # FlashInfer with torch takes 5..20 s from a cold disk
 START_S = 240.0  # two interpreters that import torch, on a loaded machine, and the end of the last case
+# a hook of the user's repository sets these (git rev-parse --local-env-vars), and git would work there
+OF_A_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 TAIL = 2000  # characters of what it said before it died
 _IMPORT = """
 import importlib, os, sys
@@ -151,6 +153,11 @@ def environment(overlay: Overlay) -> dict[str, str]:
     given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     path = os.pathsep.join([*map(str, overlay.folders), *ours, *given])
     return {**os.environ, **overlay.variables, "PYTHONPATH": path}
+
+
+def repositoryless() -> dict[str, str]:
+    """Of git in our own clone, and of builds: no repository of the user's, and no questions."""
+    return {**{name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}, "GIT_TERMINAL_PROMPT": "0"}
 
 
 def _modules(path: list[str], name: str) -> list[str]:
