@@ -138,7 +138,10 @@ def subject(
 def _commits(repo: str | None, package: str, build: str) -> Commits:
     if repo is None:
         raise MoecheckError("--axis git: say with --repo URL or DIR whose commits")
-    return Commits(repo, package, build, env.cache_folder())
+    commits = Commits(repo, package, build, env.cache_folder())
+    if commits.stale:
+        _tell(f"--repo {repo} cannot be read now, what was known of it the last time is taken: {commits.stale}")
+    return commits
 
 
 def _ask(question: Question, asked: Asked, path: Path | None, limit: float) -> Result:

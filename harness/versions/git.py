@@ -29,13 +29,14 @@ ROOM = "free some room, or set XDG_CACHE_HOME to a folder that has some"
 class Commits:
     """The first parents of a repository, a URL or a folder, which is only read. build: a shell command, run in the checkout,
     where {target} is the folder for sys.path and {commit} the commit; "" to use the checkout as it is. package: what the
-    commits are releases of."""
+    commits are releases of. `stale`: why nothing newer than the last time is known, "" if it is."""
 
     def __init__(self, repo: str, package: str, build: str, cache: Path) -> None:
         self._source = str(Path(repo).absolute()) if Path(repo).is_dir() else repo
         self._package, self._build, self._limit_s = package, build, CLONE_S
         self._home = cache / "git" / hashlib.sha256(self._source.encode()).hexdigest()[:16]
         self._bare = self._home / "repo.git"
+        self.stale = ""
         with self._held("repo") as lock:
             if not (self._bare / "HEAD").is_file():
                 self._clone(lock)
@@ -129,12 +130,13 @@ class Commits:
         partial.rename(self._bare)
 
     def _fetch(self, lock: int) -> None:
-        """What is new; without a network `resolve` says what is missing. Git's locks are left by the dead: we have ours."""
+        """What is new; without a network it is `stale`. Git's locks are left by the dead: we have ours."""
         for stale in (*self._bare.glob("*.lock"), *(self._bare / "refs").rglob("*.lock")):
             stale.unlink(missing_ok=True)
         options = ("-c", "gc.auto=0", "-c", "maintenance.auto=false")  # which would hold locks after we are gone
         wanted = ("+refs/*:refs/moecheck/*", "+HEAD:refs/moecheck/head")
-        self._try(*options, "fetch", "--quiet", "--force", "--", self._source, *wanted, lock=lock)
+        done = self._try(*options, "fetch", "--quiet", "--force", "--", self._source, *wanted, lock=lock)
+        self.stale = _why(done) if done.returncode else ""
 
     def _git(self, *arguments: str, lock: int | None = None) -> str:
         done = self._try(*arguments, lock=lock)

@@ -80,10 +80,15 @@ def test_commits_are_checked_out_built_and_tried(
     assert answer.code == 0, answer.err
     assert "change 6\n" in answer.out
     assert "M moecheck_toy.py" in answer.out
+    assert "the last time" not in answer.err
     monkeypatch.delenv("GIT_DIR")
     assert (git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")) == before
     swapped = moecheck("bisect", TOY, "--good", "main", "--bad", first, *options[4:], "--find-fix")
     assert "the bad end never fails" in swapped.out
+    repo.rename(tmp_path / "away")  # as without a network
+    again = moecheck("bisect", TOY, "--good", "nowhere", *options[2:])
+    assert f"--repo {repo} cannot be read now, what was known of it the last time is taken: fatal: " in again.err
+    assert (again.code, again.out) == (3, "")
 
 
 def test_a_commit_says_which_it_is_and_why_it_does_not_build(repo: Path, tmp_path: Path) -> None:
