@@ -73,7 +73,6 @@ def test_commits_are_checked_out_built_and_tried(
 ) -> None:
     monkeypatch.setattr(env, "cache_folder", lambda: tmp_path / "cache")
     before = git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")
-    monkeypatch.setenv("GIT_DIR", str(repo / ".git"))  # as in a hook
     first = git(repo, "rev-list", "--max-parents=0", "HEAD")
     options = ("--good", first, "--bad", "newest", "--command", TEST, "--axis", "git", "--repo", str(repo), "--build", build)
     answer = moecheck("bisect", TOY, *options, "--files")
@@ -81,7 +80,6 @@ def test_commits_are_checked_out_built_and_tried(
     assert "change 6\n" in answer.out
     assert "M moecheck_toy.py" in answer.out
     assert "the last time" not in answer.err
-    monkeypatch.delenv("GIT_DIR")
     assert (git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")) == before
     swapped = moecheck("bisect", TOY, "--good", "main", "--bad", first, *options[4:], "--find-fix")
     assert "the bad end never fails" in swapped.out
@@ -109,6 +107,19 @@ def test_a_commit_says_which_it_is_and_why_it_does_not_build(repo: Path, tmp_pat
     for call in (lambda: later.resolve("nowhere"), lambda: later.between(span[3], span[1])):
         with pytest.raises(MoecheckError, match=r"no revision|not an ancestor"):
             call()
+
+
+def test_in_a_hook_of_the_repository_nothing_of_it_is_touched(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, place in (("GIT_DIR", ".git"), ("GIT_INDEX_FILE", ".git/index"), ("GIT_WORK_TREE", ".")):
+        monkeypatch.setenv(name, str(repo / place))
+    commits = Commits(str(repo), TOY, "git rev-parse --absolute-git-dir > where", tmp_path / "cache")
+    built = commits.overlay(commits.resolve("main~5")).path
+    assert (built / "where").read_text().startswith(str(tmp_path / "cache"))
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name)
+    assert not git(repo, "status", "--porcelain")
 
 
 def test_a_merge_says_between_which_ends_its_branch_is_bisected(repo: Path, tmp_path: Path) -> None:
