@@ -30,6 +30,10 @@ from harness.versions.search import READ, Answer, Model, Next, Stopped
 from harness.versions.uv import PYPI
 
 CLEAN, NO_ANSWER = 0, 2
+AS_IT_IS = (
+    "each commit was used as it is checked out; a package that must be built, or lies deeper than the root or src, needs"
+    " --build CMD, run in the checkout, where {target} is the folder to fill (pip install --no-deps --target {target} .)"
+)
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -94,6 +98,8 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     for result in results:
         neighbours = _files(result, chosen) if files and result.first else ()
         out.print("\n" + report(result, _rerun(result, asked), neighbours, _told(result, asked)), markup=False)
+        if isinstance(result.answer, Stopped) and axis == "git" and not build:
+            _tell(AS_IT_IS)
     raise typer.Exit(NO_ANSWER if any(isinstance(r.answer, Stopped) for r in results) else CLEAN)
 
 
@@ -132,7 +138,10 @@ def subject(
 def _commits(repo: str | None, package: str, build: str) -> Commits:
     if repo is None:
         raise MoecheckError("--axis git: say with --repo URL or DIR whose commits")
-    return Commits(repo, package, build, env.cache_folder())
+    commits = Commits(repo, package, build, env.cache_folder())
+    if commits.stale:
+        _tell(f"--repo {repo} cannot be read now, what was known of it the last time is taken: {commits.stale}")
+    return commits
 
 
 def _ask(question: Question, asked: Asked, path: Path | None, limit: float) -> Result:

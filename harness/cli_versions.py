@@ -61,12 +61,13 @@ def show(
 ) -> None:
     """What one release promises: signatures, what is returned, arch gates, enum values."""
     contract = store.load(package, newest_or(package, version))
-    names = [n for n in contract.entries if entry is None or n == entry or n.endswith(f".{entry}")]
+    known = {**{name: Entry("no entry, but ran", seen=forms) for name, forms in contract.seen.items()}, **contract.entries}
+    names = [n for n in known if entry is None or n == entry or n.endswith(f".{entry}")]
     if not names:
-        raise UnknownName("entry", entry or "", contract.entries)
+        raise UnknownName("entry", entry or "", known)
     out.print(f"{package} {contract.version}  {contract.wheel}  sha256 {contract.sha256}", markup=False)
     for name in names:
-        _describe(name, contract.entries[name])
+        _describe(name, known[name])
 
 
 @app.command("list")
@@ -91,7 +92,7 @@ def extract(
         else:
             with store.downloaded(package, version) as wheel:
                 contract = store.read(wheel, package, want)
-        path = store.save(contract)
+        path = store.save(observed.kept(contract))
         out.print(f"{path}: {len(contract.entries)} entries of {contract.wheel}", markup=False)
 
 

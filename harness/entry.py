@@ -54,11 +54,12 @@ def resolve(name: str, device: str) -> Function:
         if name not in twins():
             raise UnknownName("twin", name, twins())
         return twins()[name]
-    return _observed(name, _imported(name))
+    return observed(name, _imported(name))
 
 
-def _observed(name: str, function: Function) -> Function:
-    if isinstance(function, type) or not callable(function):  # an enum
+def observed(name: str, function: Function) -> Function:
+    """The same function, whose first return inside `recording` is told under this name; an enum as it is."""
+    if isinstance(function, type) or not callable(function):
         return function
 
     @wraps(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -113,7 +114,7 @@ def bisect(
         while len(span) > 1 and span[-1] in unknown:
             span = span[:-1]
         seen = Tally(len(span), ((span.index(r.version), _turned(r.answer, question)) for r in runs if r.version in span))
-        now = step(seen, model)
+        now = _nothing(runs) if len(span) < 2 and unknown else step(seen, model)
         if not isinstance(now, Next):
             middle = now.first_bad if isinstance(now, Found) else len(span)
             return Result(question, span, now, tuple(runs), rates(seen.fails, seen.passes, middle))
@@ -122,6 +123,11 @@ def bisect(
             journal.append(run)
         runs.append(run)
         watch(run, now)
+
+
+def _nothing(runs: Sequence[Run]) -> Stopped:
+    untold = [r for r in runs if r.answer is Answer.UNKNOWN]
+    return Stopped(f"{len(untold)} versions cannot be told and no two are left; the last of them, {untold[-1].text}")
 
 
 def _turned(answer: Answer, question: Question) -> Answer:
@@ -235,11 +241,15 @@ class Journal:
         os.close(self._file)
 
     def _write(self, data: Mapping[str, object]) -> None:
+        line = (json.dumps(data) + "\n").encode()
         try:
-            os.write(self._file, (json.dumps(data) + "\n").encode())
+            if os.write(self._file, line) < len(line):  # a full disk takes what it can; the next reader drops it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
-            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; nothing is lost but this run") from error
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}; free some room, only this run is lost"
+            ) from error
 
     def _read(self, question: Question) -> Iterator[Run]:
         data = regular(self.path, MAX_JOURNAL)

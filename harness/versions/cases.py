@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from harness.errors import CannotTell, MoecheckError
+from harness.errors import CannotTell, MoecheckError, OverlayError
 from harness.select import Item
 from harness.verdict import Status, Verdict
 from harness.versions import store
 from harness.versions.bisect import Outcome
 from harness.versions.env import Overlay, Terms, judge
 from harness.versions.search import Answer
+from harness.versions.uv import NO_ROOM
 
 
 def signature(verdict: Verdict) -> str:
@@ -35,6 +36,8 @@ class Judged:
             verdict = judge(self._overlay(version), self._item, self._terms.platform, self._terms)
         except CannotTell as error:
             return Outcome(Answer.UNKNOWN, error.reason)
+        if NO_ROOM.search(verdict.reason):
+            raise OverlayError(f"{self._package} {version}: {verdict.reason}; that says nothing of it, free some room")
         self.environment.update(verdict.environment)
         if verdict.status is Status.PASSED:
             return Outcome(Answer.GOOD, "PASSED")

@@ -12,8 +12,8 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,13 +79,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contract:
-    """One release of one package: its wheel and what it promises, by public name."""
+    """One release of one package: its wheel and what it promises, by public name. seen: what real runs got from names that are
+    no entries, as `Entry.seen` has it."""
 
     package: str
     version: str
     wheel: str
     sha256: str
     entries: Mapping[str, Entry]
+    seen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def find(self, name: str) -> Entry | None:
         """The entry of this name, or of another public path of the same package to a thing so called."""
@@ -93,17 +95,33 @@ class Contract:
         same = (e for n, e in sorted(self.entries.items()) if n.startswith(f"{package}.") and n.endswith(f".{last}"))
         return self.entries.get(name) or next(same, None)
 
+    @cached_property
+    def returns(self) -> dict[str, tuple[str, ...]]:
+        """The forms that real runs got, without sizes, of every name that ran."""
+        return {**self.seen, **{name: entry.seen for name, entry in self.entries.items() if entry.seen}}
+
+    def with_returns(self, returns: Mapping[str, Iterable[str]]) -> Contract:
+        """The same with these forms, too: of an entry with the entry, else in `seen`."""
+        whole = {name: tuple(sorted({*self.returns.get(name, ()), *forms})) for name, forms in returns.items()}
+        entries = {name: replace(entry, seen=whole.get(name, entry.seen)) for name, entry in self.entries.items()}
+        others = {name: forms for name, forms in whole.items() if name not in entries}
+        return replace(self, entries=entries, seen={**self.seen, **others})
+
     def to_json(self) -> str:
         """One line per entry, sorted: two releases compare well in any diff tool."""
         head = {"package": self.package, "version": self.version, "wheel": self.wheel, "sha256": self.sha256}
         lines = [f"{json.dumps(name)}:{_compact(entry.to_json())}" for name, entry in sorted(self.entries.items())]
-        return _compact(head)[:-1] + ',"entries":{\n' + ",\n".join(lines) + "\n}}\n"
+        seen = [f"{json.dumps(name)}:{_compact(list(forms))}" for name, forms in sorted(self.seen.items())]
+        more = ',"seen":{\n' + ",\n".join(seen) + "\n}" if seen else ""
+        return _compact(head)[:-1] + ',"entries":{\n' + ",\n".join(lines) + "\n}" + more + "}\n"
 
     @staticmethod
     def from_json(text: str) -> Contract:
-        """The inverse; ValueError, KeyError or TypeError for anything else."""
+        """The inverse; ValueError, KeyError, TypeError or AttributeError for anything else."""
         data = json.loads(text)
-        return Contract(**{**data, "entries": {name: Entry.from_json(e) for name, e in data["entries"].items()}})
+        seen = {name: tuple(forms) for name, forms in data.get("seen", {}).items()}
+        entries = {name: Entry.from_json(e) for name, e in data["entries"].items()}
+        return Contract(**{**data, "entries": entries, "seen": seen})
 
 
 @dataclass(frozen=True)
@@ -237,5 +255,5 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _compact(data: Mapping[str, Any]) -> str:
+def _compact(data: object) -> str:
     return json.dumps(data, separators=(",", ":"))

@@ -76,10 +76,11 @@ class Change:
 
 def diff(old: Contract, new: Contract, backends: Iterable[Backend] = ()) -> tuple[Change, ...]:
     """The changes from `old` to `new`, those that break us first."""
-    users = touched(backends, (*old.entries.items(), *new.entries.items()))
+    others = sorted({*old.seen, *new.seen})
+    users = touched(backends, (*old.entries.items(), *new.entries.items(), *((name, Entry("")) for name in others)))
     found: list[Change] = []
-    for name in sorted(old.entries.keys() | new.entries.keys()):
-        for what, text, sure in _of_entry(name, old, new):
+    for name in sorted({*old.entries, *new.entries, *others}):
+        for what, text, sure in (*_of_entry(name, old, new), *_of_seen(old.returns.get(name, ()), new.returns.get(name, ()))):
             found.append(Change(name, what, text, users.get(name, ()), sure))
     return tuple(sorted(found, key=lambda c: (list(Effect).index(c.effect), c.entry, list(Kind).index(c.kind))))
 
@@ -117,6 +118,8 @@ Told = tuple[Kind, str, bool]
 
 def _of_entry(name: str, old: Contract, new: Contract) -> Iterator[Told]:
     was, now = old.entries.get(name), new.entries.get(name)
+    if was is None and now is None:  # only what it returned is known
+        return
     if now is None:
         assert was is not None
         heir = _heir(was, old, new)
@@ -126,7 +129,6 @@ def _of_entry(name: str, old: Contract, new: Contract) -> Iterator[Told]:
     else:
         yield from _of_signature(was, now)
         yield from _of_returns(was, now)
-        yield from _of_seen(was, now)
         yield from _of_archs(was.archs, now.archs)
         yield from _of_values(was.values, now.values)
         yield from _of_checks(was, now)
@@ -213,11 +215,11 @@ def _of_returns(was: Entry, now: Entry) -> Iterator[Told]:
         yield Kind.RETURN_ANNOTATION, f"{was.annotation or 'none'} -> {now.annotation or 'none'}", True
 
 
-def _of_seen(was: Entry, now: Entry) -> Iterator[Told]:
+def _of_seen(was: tuple[str, ...], now: tuple[str, ...]) -> Iterator[Told]:
     """What real runs returned, where both releases ran: another kind for sure, else forms that have nothing in common."""
-    before, after = ({kind(form) for form in entry.seen} for entry in (was, now))
-    if before and after and not set(was.seen) & set(now.seen):
-        yield Kind.RETURN, f"in real runs: {' or '.join(was.seen)} -> {' or '.join(now.seen)}", not before & after
+    before, after = ({kind(form) for form in forms} for forms in (was, now))
+    if before and after and not set(was) & set(now):
+        yield Kind.RETURN, f"in real runs: {' or '.join(was)} -> {' or '.join(now)}", not before & after
 
 
 def _of_archs(was: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]]) -> Iterator[Told]:

@@ -6,38 +6,42 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from harness.errors import CannotTell, MoecheckError, OverlayError
 from harness.reading import printable
 from harness.versions.env import Overlay
+from harness.versions.judging import repositoryless
+from harness.versions.uv import NO_ROOM
 
 CLONE_S = 3600.0
 LAST = 300  # characters of what a build said last
+SHORT = 12  # digits of a commit's name, as git abbreviates in large repositories
+ROOM = "free some room, or set XDG_CACHE_HOME to a folder that has some"
 
 
 class Commits:
     """The first parents of a repository, a URL or a folder, which is only read. build: a shell command, run in the checkout,
     where {target} is the folder for sys.path and {commit} the commit; "" to use the checkout as it is. package: what the
-    commits are releases of."""
+    commits are releases of. `stale`: why nothing newer than the last time is known, "" if it is."""
 
     def __init__(self, repo: str, package: str, build: str, cache: Path) -> None:
         self._source = str(Path(repo).absolute()) if Path(repo).is_dir() else repo
         self._package, self._build, self._limit_s = package, build, CLONE_S
         self._home = cache / "git" / hashlib.sha256(self._source.encode()).hexdigest()[:16]
         self._bare = self._home / "repo.git"
-        self._home.mkdir(parents=True, exist_ok=True)
-        with self._held("repo"):
+        self.stale = ""
+        with self._held("repo") as lock:
             if not (self._bare / "HEAD").is_file():
-                self._clone()
-            else:  # if there is no network now, `resolve` says what is missing
-                self._try(
-                    "fetch", "--quiet", "--force", "--", self._source, "+refs/*:refs/moecheck/*", "+HEAD:refs/moecheck/head"
-                )
+                self._clone(lock)
+            else:
+                self._fetch(lock)
 
     def resolve(self, revision: str) -> str:
         """The full name of a commit; `newest` is the repository's HEAD."""
@@ -61,8 +65,13 @@ class Commits:
         return one != other and self._try("merge-base", "--is-ancestor", one, other).returncode == 0
 
     def told(self, commit: str) -> str:
-        """Its date and subject."""
-        return printable(self._git("show", "--no-patch", "--format=%cs %s", commit).strip())
+        """Its date and subject; of a merge, the ends between which its branch is bisected."""
+        said, parents, *_ = self._git("show", "--no-patch", "--format=%cs %s%n%P", commit).split("\n")
+        first, *branches = parents.split() or [commit]
+        for tip in branches:
+            if base := self._try("merge-base", first, tip).stdout.split():
+                said += f"; a merge: its branch is from {base[0][:SHORT]} to {tip[:SHORT]}, ends of a bisect inside it"
+        return printable(said)
 
     def changed(self, before: str, after: str) -> list[str]:
         """The files that differ between two commits."""
@@ -73,35 +82,37 @@ class Commits:
         key = f"{commit[:16]}-{hashlib.sha256(self._build.encode()).hexdigest()[:8]}"
         place, ready = self._home / key, self._home / f"{key}.ready"
         target = self._home / f"{key}.target" if "{target}" in self._build else place
+        more, version = [target / "src"], f"0+g{commit[:SHORT]}"
         with self._held(key) as lock:
             if not ready.is_file():
-                self._checkout(commit, place)
+                self._checkout(commit, place, lock)
                 if self._build:
                     self._built(commit, place, target, lock)
                 ready.touch()
-        more = [folder for folder in (target / "src",) if folder.is_dir()]
-        version = f"0+g{commit[:12]}"
-        if not any(True for _ in metadata.distributions(name=self._package, path=[str(target), *map(str, more)])):
-            more.append(self._stated(key, version))
+            more = [folder for folder in more if folder.is_dir()]
+            if not any(True for _ in metadata.distributions(name=self._package, path=[str(target), *map(str, more)])):
+                more.append(self._stated(key, version))
         # FlashInfer keeps what it compiled by version number, which neighbours share
         variables = {"FLASHINFER_WORKSPACE_BASE": str(self._home / f"{key}.jit")}
         return Overlay(target, {self._package: version}, {self._package: version}, tuple(more), variables)
 
-    def _checkout(self, commit: str, place: Path) -> None:
+    def _checkout(self, commit: str, place: Path, lock: int) -> None:
         for path in (place, place.with_name(f"{place.name}.target"), place.with_name(f"{place.name}.jit")):
             shutil.rmtree(path, ignore_errors=True)
-        self._git("worktree", "prune")
-        self._git("worktree", "add", "--quiet", "--force", "--detach", str(place), commit)
+        self._git("worktree", "prune", lock=lock)
+        # twice: a checkout that was killed leaves its worktree locked
+        self._git("worktree", "add", "--quiet", "--force", "--force", "--detach", str(place), commit, lock=lock)
 
     def _built(self, commit: str, place: Path, target: Path, lock: int) -> None:
-        """The lock goes to the command, too: it outlives us if we are killed, and must not build beside its successor."""
+        """The lock goes to the command, as to git (`_call`)."""
         command = self._build.replace("{target}", str(target)).replace("{commit}", commit)
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False
-        )
+        where: Any = {"cwd": place, "env": repositoryless(), "stdin": subprocess.DEVNULL, "pass_fds": (lock,)}
+        done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **where)
         if done.returncode:
             said = printable(done.stdout.decode(errors="replace").strip()[-LAST:])
-            raise CannotTell(f"{commit[:12]} does not build (exit status {done.returncode}): {said}")
+            if NO_ROOM.search(said):
+                raise OverlayError(f"{commit[:SHORT]} does not build, there is no room: {said}")
+            raise CannotTell(f"{commit[:SHORT]} does not build (exit status {done.returncode}): {said}")
 
     def _stated(self, key: str, version: str) -> Path:
         folder = self._home / f"{key}.meta"
@@ -110,37 +121,70 @@ class Commits:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {self._package}\nVersion: {version}\n")
         return folder
 
-    def _clone(self) -> None:
+    def _clone(self, lock: int) -> None:
         partial = self._home / "partial.git"
         shutil.rmtree(partial, ignore_errors=True)
-        done = _call(["git", "clone", "--quiet", "--bare", "--", self._source, str(partial)], self._limit_s)
+        done = _call(["git", "clone", "--quiet", "--bare", "--", self._source, str(partial)], self._limit_s, lock)
         if done.returncode:
-            raise OverlayError(f"--repo {self._source} cannot be cloned: {printable(done.stderr.strip())[-LAST:]}")
+            raise OverlayError(f"--repo {self._source} cannot be cloned: {_why(done)}")
         partial.rename(self._bare)
 
-    def _git(self, *arguments: str) -> str:
-        done = self._try(*arguments)
+    def _fetch(self, lock: int) -> None:
+        """What is new; without a network it is `stale`. Git's locks are left by the dead: we have ours."""
+        for stale in (*self._bare.glob("*.lock"), *(self._bare / "refs").rglob("*.lock")):
+            stale.unlink(missing_ok=True)
+        options = ("-c", "gc.auto=0", "-c", "maintenance.auto=false")  # which would hold locks after we are gone
+        wanted = ("+refs/*:refs/moecheck/*", "+HEAD:refs/moecheck/head")
+        done = self._try(*options, "fetch", "--quiet", "--force", "--", self._source, *wanted, lock=lock)
+        self.stale = _why(done) if done.returncode else ""
+
+    def _git(self, *arguments: str, lock: int | None = None) -> str:
+        done = self._try(*arguments, lock=lock)
         if done.returncode:
-            raise OverlayError(f"git {arguments[0]} in {self._bare}: {printable(done.stderr.strip())[-LAST:]}")
+            raise OverlayError(f"git {arguments[0]} in {self._bare}: {_why(done)}")
         return done.stdout
 
-    def _try(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return _call(["git", "-C", str(self._bare), *arguments], self._limit_s)
+    def _try(self, *arguments: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
+        return _call(["git", "--git-dir", str(self._bare), *arguments], self._limit_s, lock)
 
     @contextmanager
     def _held(self, name: str) -> Iterator[int]:
-        lock = os.open(self._home / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        """One process at a time; OverlayError for what cannot be written."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield lock
-        finally:
-            os.close(lock)
+            self._home.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._home / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield lock
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise OverlayError(f"{self._home}: cannot be written: {error.strerror}; {ROOM}") from error
 
 
-def _call(command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+def _call(command: list[str], limit_s: float, lock: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Who holds a lock gives it to git, too: it outlives us if we are killed, and must not write beside its successor."""
+    held = () if lock is None else (lock,)
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
+        return subprocess.run(
+            command,
+            env=repositoryless(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+            pass_fds=held,
+        )
     except FileNotFoundError as error:
         raise OverlayError("git is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise OverlayError(f"git took more than {limit_s:.0f} s") from error
+
+
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    """What git said last, and what to do where the disk is full."""
+    said = printable(done.stderr.strip())[-LAST:]
+    full = NO_ROOM.search(said) or done.returncode == -signal.SIGXFSZ or said.endswith(f"signal {signal.SIGXFSZ:d}")
+    return f"{said or f'exit status {done.returncode}'}{f'; {ROOM}' if full else ''}"

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import CannotTell, MoecheckError, OverlayError
 from harness.reading import parse_json, printable, regular
 from harness.verdict import Verdict
+from harness.versions.uv import NO_ROOM
 
 if TYPE_CHECKING:
     from harness.select import Item
@@ -35,10 +37,13 @@ MAX_ANSWER = 1 << 20
 MAX_ORDER = 1 << 28  # as a plan's file
 IMPORT_S = 300.0  # FlashInfer with torch takes 5..20 s from a cold disk
 START_S = 240.0  # two interpreters that import torch, on a loaded machine, and the end of the last case
+# a hook of the user's repository sets these (git rev-parse --local-env-vars), and git would work there
+OF_A_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 TAIL = 2000  # characters of what it said before it died
 _IMPORT = """
-import importlib, sys
-for name in sys.argv[2:]:
+import importlib, os, sys
+folders, names = sys.argv[1].split(os.pathsep), sys.argv[2:]
+for name in names:
     module, rest, attribute = name, [], None
     while True:
         try:
@@ -53,6 +58,12 @@ for name in sys.argv[2:]:
         if not hasattr(found, attribute):
             sys.exit(f"it has no {name}")
         found = getattr(found, attribute)
+if any(folders):
+    tops = {name.partition(".")[0] for name in names}
+    modules = [sys.modules[top] for top in tops]
+    places = {place for m in modules for place in getattr(m, "__path__", [getattr(m, "__file__", None) or "built in"])}
+    if not any(place.startswith(folder + os.sep) for place in places for folder in folders):
+        sys.exit(f"it has no {', '.join(sorted(tops))}: what is imported is {min(places)}")
 """
 
 
@@ -78,14 +89,16 @@ def judge_all(overlay: Overlay, items: Sequence[Item], terms: Terms, folder: Pat
     """The verdicts of all items, in one child interpreter; `folder` keeps its journal, and what it already holds is not
     judged again."""
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="moecheck-") as name:
+        with _written(Path(tempfile.gettempdir())):
+            made = tempfile.TemporaryDirectory(prefix="moecheck-")
+        with made as name:
             return judge_all(overlay, items, terms, Path(name))
     importable(overlay, terms.entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ANSWER).unlink(missing_ok=True)
-    (folder / ORDER).write_text(
-        json.dumps({"items": [asdict(i) for i in items], "terms": asdict(terms), "parent": os.getpid()})
-    )
+    order = {"items": [asdict(i) for i in items], "terms": asdict(terms), "parent": os.getpid()}
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ANSWER).unlink(missing_ok=True)
+        (folder / ORDER).write_text(json.dumps(order))
     command = [sys.executable, "-P", "-m", "harness.versions.judging", str(folder)]
     limit = START_S + len(items) * (terms.limit_s + START_S)
     with (folder / LOG).open("wb") as log:
@@ -95,21 +108,34 @@ def judge_all(overlay: Overlay, items: Sequence[Item], terms: Terms, folder: Pat
     return [verdicts[item.case_id, item.subject] for item in items]
 
 
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OverlayError(f"{folder}: cannot be written: {error.strerror}; free some room") from error
+
+
 def importable(overlay: Overlay, entries: Iterable[str] = ()) -> None:
-    """CannotTell unless what was asked for imports over the overlay, and has those of the entry points that are its own."""
-    tops = {top for name in overlay.pins for top in _modules(overlay.path, name)}
+    """CannotTell unless what was asked for imports over the overlay, and has those of the entry points that are its own. A
+    checkout does not say which modules are its own: one of those imported must lie in it, not in what is installed."""
+    tops = {top for name in overlay.pins for top in _modules([str(overlay.path)], name)}
     wanted = [*sorted(tops), *sorted(e for e in entries if not tops or e.partition(".")[0] in tops)]
+    inside = "" if tops or not overlay.packages else os.pathsep.join(map(str, overlay.folders))
+    if inside and not wanted:
+        wanted = sorted({top for name in overlay.pins for top in _modules(sys.path, name)})
     mark = overlay.path.with_suffix(".imports")  # beside it: a release that imported once does so again
-    said = " ".join(wanted)
+    said = " ".join([*wanted, *(["inside"] if inside else [])])
     if not wanted or (overlay.packages and mark.is_file() and said in mark.read_text().splitlines()):
         return
-    command = [sys.executable, "-P", "-c", _IMPORT, "--", *wanted]
+    command = [sys.executable, "-P", "-c", _IMPORT, inside, *wanted]
     with tempfile.TemporaryFile() as output:
         code = _run(command, overlay, IMPORT_S, output.fileno())
         output.seek(0)
         text = output.read().decode(errors="replace").strip()
     if code:
         what = ", ".join(f"{n}=={v}" for n, v in overlay.pins.items())
+        _roomy(what, text)
         last = text.splitlines()[-1] if text else ""
         how = (
             f"within {IMPORT_S:.0f} s" if code == -signal.SIGKILL else f"here: {printable(last)[:300] or f'exit status {code}'}"
@@ -129,11 +155,16 @@ def environment(overlay: Overlay) -> dict[str, str]:
     return {**os.environ, **overlay.variables, "PYTHONPATH": path}
 
 
-def _modules(folder: Path, name: str) -> list[str]:
-    """The top-level modules that this distribution brought into the folder, by its RECORD."""
+def repositoryless() -> dict[str, str]:
+    """Of git in our own clone, and of builds: no repository of the user's, and no questions."""
+    return {**{name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}, "GIT_TERMINAL_PROMPT": "0"}
+
+
+def _modules(path: list[str], name: str) -> list[str]:
+    """The top-level modules that this distribution brought into a folder of the path, by its RECORD."""
     from importlib import metadata
 
-    found = next(iter(metadata.distributions(name=name, path=[str(folder)])), None)
+    found = next(iter(metadata.distributions(name=name, path=path)), None)
     if found is None:
         return []
     tops = {Path(file).parts[0] for file in found.files or () if ".dist-info" not in file.parts[0] and file.suffix == ".py"}
@@ -172,11 +203,18 @@ def _told(overlay: Overlay, folder: Path, code: int) -> None:
     except (OSError, ValueError) as error:
         tail = printable((folder / LOG).read_text(errors="replace")[-TAIL:].strip().rpartition("\n")[2])
         what = ", ".join(f"{name}=={version}" for name, version in overlay.packages.items())
+        _roomy(what, tail)
         if code == -signal.SIGKILL:
             raise OverlayError(f"the interpreter over {what} was killed, or took too long: {tail}") from error
         raise CannotTell(f"moecheck does not run over {what}: exit status {code}: {tail}") from error
     if "error" in said:
         raise MoecheckError(str(said["error"]))
+
+
+def _roomy(what: str, said: str) -> None:
+    """OverlayError where a child found no room on a disk: that says nothing of the release."""
+    if found := NO_ROOM.search(said):
+        raise OverlayError(f"{what}: a child over it found no room: {printable(said[max(0, found.start() - 200) :])[:300]}")
 
 
 def _main(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What entry points returned when they really ran: stored with the contract of their release, and compared with it.
 
-`Verdict.returned` has it by entry; a contract keeps the forms without sizes (`Entry.seen`). A twin has none of its own: what it
+`Verdict.returned` has it by entry; a contract keeps the forms without sizes (`seen`). A twin has none of its own: what it
 promises is the annotation of its return.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from harness.errors import MoecheckError
 from harness.returned import general, kind
 from harness.verdict import Finding, Status, Verdict
 from harness.versions import store
-from harness.versions.contracts import Contract, Entry
+from harness.versions.contracts import Contract
 from harness.versions.returns import UNSEEN, kinds
 
 DECISIVE = {"list", "tuple", "value"}  # an adapter takes one of them apart, and breaks on another
@@ -47,8 +47,9 @@ def _known(entry: str, environment: Mapping[str, str], root: Path) -> Iterable[t
     """(whose word, the forms it knows; a bare kind stands for all its forms)."""
     for package in store.packages(root):
         if (version := environment.get(package)) and (stored := _stored(package, version, root)) is not None:
-            found = stored.find(entry)
-            yield f"what {package} {version} returned before", frozenset(found.seen if found else ())
+            elsewhere = stored.find(entry)  # by another public path
+            seen = stored.returns.get(entry, elsewhere.seen if elsewhere else ())
+            yield f"what {package} {version} returned before", frozenset(seen)
     yield "its twin returns", _of_twin(entry)
 
 
@@ -74,28 +75,32 @@ def _of_twin(entry: str) -> frozenset[str]:
 
 def record(verdicts: Iterable[Verdict], root: Path = store.ROOT) -> list[str]:
     """Add what these verdicts saw to the contracts of their releases; a line for each form that is new. What has no stored
-    contract, or no entry in it, is left out."""
+    contract is left out."""
     seen: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for verdict in verdicts:
-        for package in store.packages(root):
-            if version := verdict.environment.get(package):
-                for entry, form in verdict.returned.items():
-                    seen[package, version][entry].add(general(form))
+        for entry, form in verdict.returned.items():
+            package = _package(entry, root)
+            if package and (version := verdict.environment.get(package)):
+                seen[package, version][entry].add(general(form))
     told: list[str] = []
     for (package, version), entries in sorted(seen.items()):
         if (stored := _stored(package, version, root)) is None:
             continue
-        new = {
-            name: sorted(forms - set(stored.entries[name].seen)) for name, forms in entries.items() if name in stored.entries
-        }
+        new = {name: sorted(forms - set(stored.returns.get(name, ()))) for name, forms in entries.items()}
         told += [f"{package} {version}: {name} returned {form}" for name, forms in sorted(new.items()) for form in forms]
         if any(new.values()):
-            store.save(replace(stored, entries={**stored.entries, **dict(_extended(stored, new))}), root)
+            store.save(stored.with_returns({name: forms for name, forms in new.items() if forms}), root)
     _stored.cache_clear()
     return told
 
 
-def _extended(stored: Contract, new: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, Entry]]:
-    for name, forms in new.items():
-        entry = stored.entries[name]
-        yield name, replace(entry, seen=tuple(sorted({*entry.seen, *forms})))
+def _package(entry: str, root: Path) -> str | None:
+    """The package with stored contracts whose module the name begins with."""
+    top = entry.partition(".")[0]
+    return next((package for package in store.packages(root) if top in store.modules(package, root)), None)
+
+
+def kept(contract: Contract, root: Path = store.ROOT) -> Contract:
+    """A contract that was read anew, with what real runs got of the stored one of its release."""
+    stored = _stored(contract.package, contract.version, root)
+    return contract if stored is None else contract.with_returns(stored.returns)

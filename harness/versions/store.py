@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -37,6 +38,12 @@ class _Listed(Strict):
 def packages(root: Path = ROOT) -> tuple[str, ...]:
     """The packages with a list of entry points."""
     return tuple(sorted(path.parent.name for path in root.glob("*/entries.yaml")))
+
+
+@cache
+def modules(package: str, root: Path = ROOT) -> frozenset[str]:
+    """The top-level modules of its entries."""
+    return frozenset(name.partition(".")[0] for name in config.load(root / package / "entries.yaml", _Listed).entries)
 
 
 def releases(package: str, root: Path = ROOT) -> tuple[str, ...]:
@@ -77,8 +84,7 @@ def wanted(package: str, also: Iterable[str] = (), root: Path = ROOT) -> Wanted:
     if package not in packages(root):
         raise UnknownName("package", package, packages(root))
     listed = config.load(root / package / "entries.yaml", _Listed)
-    tops = {name.partition(".")[0] for name in listed.entries}
-    more = {name for name in also if name.partition(".")[0] in tops} - {*listed.entries, *listed.helpers}
+    more = {name for name in also if name.partition(".")[0] in modules(package, root)} - {*listed.entries, *listed.helpers}
     return Wanted((*listed.entries, *sorted(more)), listed.helpers, listed.sources)
 
 

@@ -1,4 +1,4 @@
-"""The bisect over overlays: a case and commands over a wheelhouse and over commits, killed at random points and resumed."""
+"""The bisect over overlays: a case and commands over a wheelhouse, killed at random points and resumed."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
+import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
-from harness.errors import CannotTell, MoecheckError
+from harness.errors import CannotTell, OverlayError, RunFolderError
+from harness.select import Item
 from harness.verdict import Comparison, Diagnosis, Finding, Stage, Status, Verdict
-from harness.versions import cases, env
+from harness.versions import cases, env, judging
+from harness.versions.bisect import Journal, Question, Run
 from harness.versions.cases import Judged, lacking, signature
 from harness.versions.env import Overlay, Terms
-from harness.versions.git import Commits
 from harness.versions.search import Answer
 
 TOY = "moecheck-toy"
@@ -42,14 +45,16 @@ BACKENDS = (replace(B[0], name="toy", library="moecheck-toy", prepare=prepare, e
 """
 
 
-def toy(folder: Path, version: str, body: str) -> None:
+def toy(folder: Path, version: str, body: str, needs: str = "") -> Path:
     """A wheel of the toy."""
     info = f"moecheck_toy-{version}.dist-info"
-    with ZipFile(folder / f"moecheck_toy-{version}-py3-none-any.whl", "w") as archive:
+    path = folder / f"moecheck_toy-{version}-py3-none-any.whl"
+    with ZipFile(path, "w") as archive:
         archive.writestr("moecheck_toy/__init__.py", body)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {TOY}\nVersion: {version}\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {TOY}\nVersion: {version}\n{needs}")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
+    return path
 
 
 @pytest.fixture
@@ -210,77 +215,125 @@ def test_killed_at_ten_random_points_and_resumed(wheels: Path, tmp_path: Path) -
     ]
 
 
-# commits
-
-
-def git(folder: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main", "-c", "commit.gpgsign=false")
-    return subprocess.run(
-        ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> Path:
-    """Eight commits on main, wrong from the sixth on, the fourth of which does not build, and a merge between."""
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    folder = tmp_path / "repo"
-    folder.mkdir()
-    git(folder, "init", "--quiet")
-    for number in range(1, 9):
-        (folder / "moecheck_toy.py").write_text(f"NUMBER = {number}\ndef scale(x):\n    return x * {2 if number >= 6 else 1}\n")
-        (folder / "setup.sh").write_text("exit 3\n" if number == 4 else 'mkdir -p "$1" && cp moecheck_toy.py "$1"\n')
-        git(folder, "add", ".")
-        git(folder, "commit", "--quiet", "-m", f"change {number}")
-        if number == 2:
-            git(folder, "checkout", "--quiet", "-b", "side")
-            git(folder, "commit", "--quiet", "--allow-empty", "-m", "aside")
-            git(folder, "checkout", "--quiet", "main")
-            git(folder, "merge", "--quiet", "--no-ff", "side", "-m", "merge side")
-    return folder
-
+# what goes wrong
 
 TEST = f"{sys.executable} -S -c 'import moecheck_toy; raise SystemExit(moecheck_toy.scale(1) != 1)'"
 
 
-@pytest.mark.parametrize("build", ["", "sh setup.sh {target}"])
-def test_commits_are_checked_out_built_and_tried(
-    moecheck: Callable[..., Any], repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str
-) -> None:
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """1.1 is good, 1.7 bad; of those between one is yanked, one early, one cut off, one wants an old torch."""
+    folder = tmp_path / "simple" / TOY
+    folder.mkdir(parents=True)
+    rows = []
+    for version in ("1.1", "1.2", "1.3rc1", "1.4", "1.5", "1.7"):
+        needs = "Requires-Dist: torch<2\n" if version == "1.4" else ""
+        path = toy(folder, version, f"def scale(x):\n    return x * {2 if version == '1.7' else 1}\n", needs)
+        path.write_bytes(path.read_bytes()[: 100 if version == "1.5" else None])
+        rows.append(f'<a href="{path.name}"{" data-yanked=" if version == "1.2" else ""}>{path.name}</a>')
+    torch = folder.parent / "torch"
+    torch.mkdir()
+    old = torch / "torch-1.0-py3-none-any.whl"
+    with ZipFile(old, "w") as archive:
+        archive.writestr("torch-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+        archive.writestr("torch-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("torch-1.0.dist-info/RECORD", "")
+    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{'<br>'.join(rows)}</body></html>")
+    (torch / "index.html").write_text(f'<!DOCTYPE html><html><body><a href="{old.name}">{old.name}</a></body></html>')
     monkeypatch.setattr(env, "cache_folder", lambda: tmp_path / "cache")
-    before = git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")
-    first = git(repo, "rev-list", "--max-parents=0", "HEAD")
-    options = ("--good", first, "--bad", "newest", "--command", TEST, "--axis", "git", "--repo", str(repo), "--build", build)
-    answer = moecheck("bisect", TOY, *options, "--files")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    return (tmp_path / "simple").as_uri()
+
+
+def test_each_release_that_cannot_be_told_is_a_sentence(moecheck: Callable[..., Any], index: str) -> None:
+    """Yanked, cut off, a downgrade of torch: stepped around, with the reason. A pre-release only as an end."""
+    ends = ("--good", "1.1", "--bad", "1.7", "--command", TEST, "--axis", "release", "--index", index)
+    answer = moecheck("bisect", TOY, *ends)
     assert answer.code == 0, answer.err
-    assert "change 6\n" in answer.out
-    assert "M moecheck_toy.py" in answer.out
-    assert (git(repo, "for-each-ref"), git(repo, "worktree", "list"), git(repo, "status", "--porcelain")) == before
-    swapped = moecheck("bisect", TOY, "--good", "main", "--bad", first, *options[4:], "--find-fix")
-    assert "the bad end never fails" in swapped.out
+    assert "introduced in one of 1.2, 1.4, 1.5, 1.7 (those between could not be tested)" in answer.out
+    assert "1.2: cannot tell, moecheck-toy==1.2 is yanked: " in answer.out
+    torch = f"1.4: cannot tell, moecheck-toy==1.4: it would replace torch {metadata.version('torch')} -> 1.0, a downgrade;"
+    assert f"{torch} --allow torch lets it be replaced, in the overlay only\n" in answer.out
+    assert "1.5: cannot tell, moecheck-toy==1.5: its wheel is corrupt: " in answer.out
+    assert "1.3rc1" not in answer.out
+    early = moecheck("bisect", TOY, "--good", "1.3rc1", *ends[2:])
+    assert "last release without the change: 1.3rc1" in early.out
 
 
-def test_a_commit_says_which_it_is_and_why_it_does_not_build(repo: Path, tmp_path: Path) -> None:
-    commits = Commits(str(repo), TOY, "sh setup.sh {target}", tmp_path / "cache")
-    span = commits.between(commits.resolve("main~7"), commits.resolve("main"))
-    assert [commits.told(c).split(" ", 1)[1] for c in span][1:3] == ["merge side", "change 3"]  # first parents
-    fourth = span[3]
-    with pytest.raises(CannotTell, match=rf"{fourth[:12]} does not build \(exit status 3\)"):
-        commits.overlay(fourth)
-    overlay = commits.overlay(span[-1])
-    code = "import moecheck_toy, importlib.metadata as m; print(moecheck_toy.NUMBER, m.version('moecheck-toy'))"
-    from harness.versions.judging import environment
+def test_what_is_no_answer_of_a_release_stops_the_bisect(
+    moecheck: Callable[..., Any], wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network, a full disk: one sentence, exit code 3, and what was learnt is kept."""
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    nowhere = ("--axis", "release", "--index", "http://127.0.0.1:9/simple")
+    cut = moecheck("bisect", TOY, "--good", "1.1", "--bad", "1.12", "--command", TEST, *nowhere)
+    assert (cut.code, cut.out) == (3, "")
+    assert "the index cannot be reached: [Errno 111] Connection refused" in cut.err
+    known = moecheck("bisect", "flashinfer-python", "--good", "0.6.4", "--bad", "0.6.5", "--command", "true", *nowhere)
+    assert known.code == 3
+    assert "the releases whose contracts are stored are taken, without dates" in known.err
+    assert "give --wheelhouse DIR, a folder of wheels" in known.err
+    toy(wheels, "1.11", "def scale(x):\n    return 1\n" + "#" * 300_000)
+    journal = tmp_path / "j"
+    options = ("--good", "1.11", "--bad", "1.12", "--command", TEST, "--wheelhouse", str(wheels), "--journal", str(journal))
+    with files_of_at_most(100_000):
+        full = moecheck("bisect", TOY, *options)
+    assert full.code == 3
+    assert f"moecheck: moecheck-toy==1.11: no room under {tmp_path / 'cache'}: " in full.err
+    assert "Traceback" not in full.err
+    assert len(journal.read_text().splitlines()) == 2  # the question, and the bad end
+    assert "introduced in 1.12**" in moecheck("bisect", TOY, *options).out
 
-    said = subprocess.run([sys.executable, "-c", code], env=environment(overlay), capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["8", f"0+g{span[-1][:12]}"]
-    git(repo, "commit", "--quiet", "--allow-empty", "-m", "later")
-    later = Commits(str(repo), TOY, "", tmp_path / "cache")
-    assert later.told(later.resolve("main")).endswith("later")
-    assert later.resolve("newest") == later.resolve("main")
-    for call in (lambda: later.resolve("nowhere"), lambda: later.between(span[3], span[1])):
-        with pytest.raises(MoecheckError, match=r"no revision|not an ancestor"):
-            call()
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit on the size of files stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_journal_on_a_full_disk_loses_one_run(tmp_path: Path) -> None:
+    """What fits of the line is dropped by the next reader."""
+    question = Question(TOY, "1.1", "1.2", "x", by="command")
+    journal = Journal(tmp_path / "j", question)
+    run = Run("1.1", Answer.GOOD, "exit 0", 1.0)
+    journal.append(run)
+    with (
+        files_of_at_most((tmp_path / "j").stat().st_size + 9),
+        pytest.raises(RunFolderError, match="free some room, only this"),
+    ):
+        journal.append(run)
+    journal.close()
+    again = Journal(tmp_path / "j", question)
+    assert again.runs == (run,)
+    again.append(run)
+    again.close()
+    assert Journal(tmp_path / "j", question).runs == (run, run)
+
+
+def test_no_room_in_a_child_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the library is imported, when moecheck runs over it, when the kernel is built."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "moecheck_toy.py").write_text("raise OSError(28, 'No space left on device', 'cache')\n")
+    overlay = Overlay(tmp_path / "full", {TOY: "1"}, {TOY: "1"})
+    with pytest.raises(OverlayError, match=r"moecheck-toy==1: a child over it found no room: .*No space left on device"):
+        judging.importable(overlay, ("moecheck_toy.scale",))
+    monkeypatch.setattr(judging, "importable", lambda *_: None)
+    monkeypatch.setattr(judging, "_run", lambda c, o, limit, log: os.write(log, b"OSError: [Errno 28] No space left on device"))
+    with pytest.raises(OverlayError, match="found no room"):
+        judging.judge(overlay, Item(CASE, "toy"), "cpu")
+    monkeypatch.setattr(judging.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
+    monkeypatch.setattr(judging.tempfile, "TemporaryDirectory", lambda prefix: (tmp_path / "gone" / prefix).mkdir())
+    with pytest.raises(OverlayError, match=r"gone: cannot be written: No such file or directory; free some room"):
+        judging.judge(overlay, Item(CASE, "toy"), "cpu")
+    died = replace(verdict(Status.CRASHED), reason="OSError: [Errno 28] No space left on device: 'cache'")
+    monkeypatch.setattr(cases, "judge", lambda *_: died)
+    with pytest.raises(OverlayError, match="that says nothing of it, free some room"):
+        Judged(TOY, lambda v: overlay, None, Terms("cpu"), None)("1.0")  # type: ignore[arg-type]
 
 
 def test_questions_that_cannot_be_asked(moecheck: Callable[..., Any], wheels: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -14,12 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import pytest
 import torch
 
-from harness import entry, journal, pipeline
+from harness import config, entry, journal, pipeline, plan
+from harness.backends import discover
 from harness.backends.base import CPU
 from harness.backends.torch_grouped_mm import BACKENDS
 from harness.case import Case
 from harness.journal import Journal
+from harness.plan import Request
 from harness.returned import form, general, kind
+from harness.session import device_of
 from harness.verdict import Comparison, Stage, Status, Verdict
 from harness.versions import observed, store
 from harness.versions.diff import Effect, Kind, diff
@@ -163,3 +167,84 @@ def test_the_command_records_a_run(
     assert answer.code == 0, answer
     assert answer.out == f"{PACKAGE} 0.6.5: {MOE} returned list[bfloat16[2d]]\n"
     assert "nothing new" in moecheck("contracts", "record", str(folder)).err
+
+
+def test_names_that_are_no_entries_are_kept_and_compared_too(contracts: Path) -> None:
+    """An operator out of a compiled module, a helper that nobody listed: there is no source to read, but it ran."""
+    name, other = "flashinfer.compiled.op", "vllm.third_party.op"
+    assert observed.record([said({name: "none", other: "none"})], contracts) == [f"{PACKAGE} 0.6.5: {name} returned none"]
+    stored = store.load(PACKAGE, "0.6.5", contracts)
+    assert stored.seen == {name: ("none",)}
+    assert name not in stored.entries
+    assert observed.checked(said({name: "none"}), contracts).notes == ()
+    assert observed.checked(said({name: "list[none]"}), contracts).notes != ()
+    old = store.load(PACKAGE, "0.6.4", contracts)
+    before, after = old.with_returns({name: ["list[none]"]}), old.with_returns({name: ["bfloat16[2d]"]})
+    user = replace(BACKENDS[0], entries=(name,))
+    assert [(c.entry, c.kind, c.effect) for c in diff(before, after, [user])] == [(name, Kind.RETURN, Effect.BREAKS)]
+    assert diff(before, old, [user]) == ()  # it did not run there
+    anew = store.load(PACKAGE, "0.6.4", contracts)
+    observed.record([said({name: "none", MOE: "list[bfloat16[1, 2]]"}, "0.6.4")], contracts)
+    kept = observed.kept(anew, contracts)  # as `contracts extract` does
+    assert (kept.seen[name], kept.entries[MOE].seen) == (("none",), ("list[bfloat16[2d]]",))
+
+
+def test_the_commands_compare_what_real_runs_returned(monkeypatch: pytest.MonkeyPatch, moecheck: Callable[..., Answer]) -> None:
+    forms, load = {"0.6.3": "bfloat16[2d]", "0.6.4": "list[bfloat16[2d]]"}, store.load
+    monkeypatch.setattr(store, "load", lambda package, version: load(package, version).with_returns({MOE: [forms[version]]}))
+    text = f"breaks us  {MOE}: changed return: in real runs: bfloat16[2d] -> list[bfloat16[2d]]"
+    preflight = (
+        "preflight",
+        f"{PACKAGE}==0.6.4",
+        "--from",
+        "0.6.3",
+        "--no-resolve",
+        "--backend",
+        "flashinfer_cutlass_bf16_twin",
+    )
+    for arguments in (("contracts", "diff", PACKAGE, "0.6.3", "0.6.4"), preflight):
+        answer = moecheck(*arguments)
+        assert answer.code == 1
+        assert text in answer.out
+    assert "returned in real runs: bfloat16[2d]" in moecheck("contracts", "show", PACKAGE, "0.6.3", MOE).out
+
+
+def weight(case: Case) -> int:
+    """How long it takes, in no unit."""
+    shape = case.shape
+    return shape.tokens * shape.hidden * (1 + shape.inter * shape.experts)
+
+
+def test_every_library_backend_tells_what_its_functions_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All adapters over their twins, in the place of the library: each function that one calls is in its verdict, of the kind
+    that the twin's annotation promises, and none of those listed is called by nobody."""
+    twinned = {n: b for n, b in discover().items() if b.entries and n.endswith("_twin")}
+    items = plan.make(Request("cpu", "smoke", tuple(twinned), (), (), (), None), twinned, device_of("cpu")).items
+    planned = sorted(((Case.parse(i.case_id), i.subject) for i in items), key=lambda p: weight(p[0]), reverse=True)
+    cases = {subject: case for case, subject in planned}  # the lightest comes last
+    functions = {name: f for name, f in entry.twins().items() if not inspect.isclass(f)}
+    called = set[str]()
+    for name, backend in twinned.items():
+        with entry.planting({n: entry.observed(n, f) for n, f in functions.items()}):
+            verdict = pipeline.run(cases[name], backend, CPU)
+        assert backend.entries[0] in verdict.returned, name
+        assert set(verdict.returned) <= set(backend.entries), name
+        assert observed.checked(verdict) == verdict, name
+        called |= {n.rpartition(".")[2] for n in verdict.returned}
+    listed = {n.rpartition(".")[2] for b in twinned.values() for n in b.entries if n in functions}
+    assert called == listed
+
+
+def test_what_the_runs_on_accelerators_returned_is_stored() -> None:
+    """The evidence of configs/baselines; of vLLM's layers, which have no twins, each entry of each backend that ran."""
+    seen = dict[str, set[str]]()
+    for path in sorted((config.ROOT / "baselines").glob("*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            for name, text in row.get("returned", {}).items():
+                package = "vllm" if name.startswith("vllm.") else PACKAGE
+                assert general(text) in store.load(package, row["environment"][package]).returns[name], name
+                seen.setdefault(row["subject"], set()).add(name)
+    layers = [b for b in discover().values() if b.library == "vllm" and not b.twinned]
+    assert len(layers) >= 13
+    for backend in layers:
+        assert set(backend.entries) <= seen[backend.name], backend.name
