@@ -54,8 +54,8 @@ class Child:
         """Its next message, None when the deadline passes; EOFError when it is gone, CorruptedReply for bytes that are none."""
         while True:
             until = min(deadline, time.monotonic() + SLICE_S)
-            ready = wait([self.channel.pipe, self.process.sentinel], max(0.0, until - time.monotonic()))
-            if self.channel.pipe in ready or self.channel.pending:
+            ready = self._wait(max(0.0, until - time.monotonic()))
+            if self.channel.pipe in ready:
                 message = self.channel.receive(until)
                 if message is not None:
                     return message
@@ -65,6 +65,12 @@ class Child:
             self.log.bound()
             if time.monotonic() >= deadline:
                 return None
+
+    def _wait(self, seconds: float) -> list[object]:
+        """What there is to hear of it: its pipe, at once for what was read together with the message before; its end."""
+        if self.channel.pending:
+            return [self.channel.pipe]
+        return list(wait([self.channel.pipe, self.process.sentinel], seconds))
 
     def question(self, mark: int) -> str:
         """Where it hangs, asked of itself."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from multiprocessing import Pipe
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -13,7 +18,10 @@ from harness.case import Case
 from harness.diagnose import KINDS
 from harness.errors import PluginError
 from harness.verdict import Status
+from harness.worker import process
 from harness.worker.health import sticky
+from harness.worker.log import Log
+from harness.worker.protocol import Channel
 from harness.worker.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +134,17 @@ def test_a_context_that_answers_with_errors_issticky(monkeypatch: pytest.MonkeyP
     assert not sticky(CPU)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     assert not sticky(gpu)
+
+
+def test_messages_that_came_together_are_heard_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply was read with the stage before it: waiting for more cost a slice, 0.1 s a case where children are fast."""
+    monkeypatch.setattr(process, "SLICE_S", 20.0)
+    ours, theirs = Pipe()
+    Channel(theirs).send({"stage": "done"})
+    Channel(theirs).send({"ready": True})
+    silent, _held = os.pipe()
+    running = cast(ForkServerProcess, SimpleNamespace(sentinel=silent, pid=os.getpid()))
+    child = process.Child(running, Channel(ours), Log(tmp_path / "log"), None)
+    deadline = time.monotonic() + 10
+    assert [child.next(deadline), child.next(deadline)] == [{"stage": "done"}, {"ready": True}]
+    assert time.monotonic() < deadline - 5
