@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from multiprocessing import Pipe
 from multiprocessing.context import ForkServerProcess
@@ -136,15 +137,38 @@ def test_a_context_that_answers_with_errors_issticky(monkeypatch: pytest.MonkeyP
     assert not sticky(gpu)
 
 
+def heard(tmp_path: Path) -> tuple[process.Child, Channel]:
+    """A child that is this process, and the other end of its pipe."""
+    ours, theirs = Pipe()
+    silent, _held = os.pipe()
+    running = cast(ForkServerProcess, SimpleNamespace(sentinel=silent, pid=os.getpid()))
+    return process.Child(running, Channel(ours), Log(tmp_path / "log"), None), Channel(theirs)
+
+
 def test_messages_that_came_together_are_heard_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply was read with the stage before it: waiting for more cost a slice, 0.1 s a case where children are fast."""
     monkeypatch.setattr(process, "SLICE_S", 20.0)
-    ours, theirs = Pipe()
-    Channel(theirs).send({"stage": "done"})
-    Channel(theirs).send({"ready": True})
-    silent, _held = os.pipe()
-    running = cast(ForkServerProcess, SimpleNamespace(sentinel=silent, pid=os.getpid()))
-    child = process.Child(running, Channel(ours), Log(tmp_path / "log"), None)
+    child, theirs = heard(tmp_path)
+    theirs.send({"stage": "done"})
+    theirs.send({"ready": True})
     deadline = time.monotonic() + 10
     assert [child.next(deadline), child.next(deadline)] == [{"stage": "done"}, {"ready": True}]
     assert time.monotonic() < deadline - 5
+
+
+def test_a_message_without_an_end_does_not_outlive_the_limit(tmp_path: Path) -> None:
+    """A kernel that keeps scribbling into the pipe is a hang, not a conversation."""
+    child, theirs = heard(tmp_path)
+    drip = threading.Event()
+
+    def scribble() -> None:
+        while not drip.wait(0.005):
+            os.write(theirs.pipe.fileno(), b"x")
+
+    thread = threading.Thread(target=scribble)
+    thread.start()
+    started = time.monotonic()
+    assert child.next(started + 0.3) is None
+    assert time.monotonic() < started + 3
+    drip.set()
+    thread.join()
