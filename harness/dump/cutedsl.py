@@ -134,7 +134,7 @@ def read_sm90(arguments: Mapping[str, Any]) -> Layer:
 
 def _layer(a: SimpleNamespace, x: Tensor, matrices: Any, inter: int) -> Layer:
     """What the three have in common; the rest is filled in."""
-    count = getattr(a, "num_local_experts", None) or a.num_experts
+    count = a.num_experts if a.num_local_experts is None else a.num_local_experts
     offset = getattr(a, "local_expert_offset", 0)
     unrouted = not hasattr(a, "local_expert_offset")  # b12x documents negative ids
     return Layer(

@@ -95,14 +95,25 @@ class Layer:
         return Recorded(self.case, device, x, logits.to(device), bias, handed=routing, local=self.local, layer=self)
 
     def check(self) -> None:
-        """Decode one expert; ValueError where its matrices do not fit the layer."""
+        """Decode the rank's first and last expert; ValueError where a matrix, a bias or the routing does not fit the layer."""
+        ids, weights = self.routed.routing.ids, self.routed.routing.weights
+        if ids.dim() != 2 or len(ids) != len(self.x) or ids.shape != weights.shape:
+            given = f"ids {list(ids.shape)} and weights {list(weights.shape)}"
+            raise ValueError(f"x has {len(self.x)} tokens, the routing {given}")
+        if not self.local:
+            raise ValueError("the rank holds no expert")
         hidden = self.x.shape[1]
-        wanted = ((self.inter, hidden), (self.inter, hidden), (hidden, self.inter))
-        for name, matrix, shape in zip(("gate", "up", "down"), self.matrices(0), wanted, strict=True):
-            if matrix is not None and tuple(matrix.shape) != shape:
-                raise ValueError(
-                    f"the {name} projection is {list(matrix.shape)}, wanted {list(shape)} by x and the sizes given"
-                )
+        for expert in {0, len(self.local) - 1}:
+            wanted = ((self.inter, hidden), (self.inter, hidden), (hidden, self.inter))
+            _fit("projection", self.matrices(expert), wanted)
+            if self.biases is not None:
+                _fit("bias", self.biases(expert), tuple(shape[:1] for shape in wanted))
+
+
+def _fit(what: str, found: Triple, wanted: tuple[tuple[int, ...], ...]) -> None:
+    for name, tensor, shape in zip(("gate", "up", "down"), found, wanted, strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"the {name} {what} is {list(tensor.shape)}, wanted {list(shape)} by x and the sizes given")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ UNREAD = {
     "grouped_gemm_nt_masked": ONE_GEMM,
 }
 # what twins raise, and what reading buffers of other shapes does
-REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ArithmeticError)
 STEP = (
     Argument("token_selected_experts", torch.int32, ("tokens", "top_k"), contiguous=True),
     Argument("token_final_scales", torch.float32, ("tokens", "top_k"), contiguous=True),
@@ -88,7 +88,9 @@ def _activation(name: str) -> Reader:
     def outcome(arguments: Arguments, written: Mapping[str, Tensor], result: tuple[Tensor, ...]) -> Tensor:
         return result[0].reshape(-1, result[0].shape[-1])
 
-    return Reader(f"flashinfer.activation.{name}", partial(ops.read_activation, name), written=("out",), outcome=outcome)
+    contract = (Argument("input", contiguous=True),)  # flashinfer_activation.DENSE
+    read = partial(ops.read_activation, name)
+    return Reader(f"flashinfer.activation.{name}", read, written=("out",), outcome=outcome, contract=contract)
 
 
 def _routed(arguments: Arguments, written: Mapping[str, Tensor], result: tuple[Tensor, ...]) -> Tensor:
@@ -141,6 +143,7 @@ def call_of(dump: Dump) -> Call:
         call = reader.read(dump.arguments)
         if isinstance(call, Layer):
             call.check()
+        call.inputs("cpu")  # and so the case
     except DumpError as error:
         raise DumpError(f"{dump.folder}: {dump.function}: {error}") from error
     except REFUSALS as error:

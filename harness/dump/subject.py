@@ -16,7 +16,7 @@ from harness.compare import compare
 from harness.diagnose import diagnose
 from harness.dump.layer import Call
 from harness.dump.read import Dump, Member, read
-from harness.dump.readers import call_of, reader_of
+from harness.dump.readers import REFUSALS, call_of, reader_of
 from harness.entry import needs, resolve
 from harness.inputs import Inputs
 from harness.named import named
@@ -92,7 +92,10 @@ def judge_recorded(folder: str) -> tuple[str, Comparison | None, Diagnosis | Non
     reader, case = reader_of(dump), call.case
     if not dump.result and reader.written:
         return "it returned no tensor, and the recorder keeps no buffer that a call writes to", None, None
-    got = reader.outcome(dump.arguments, {}, dump.result)
+    try:
+        got = reader.outcome(dump.arguments, {}, dump.result)
+    except REFUSALS as error:
+        return f"what it returned then does not fit the call: {error}", None, None
     if finding := malformed(case, got, CPU):
         return f"what it returned then is MALFORMED: {finding.text}", None, None
     expected = expect(case, call.inputs("cpu"), call.rounding)

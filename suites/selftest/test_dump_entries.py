@@ -240,6 +240,8 @@ def spoil(**values: object) -> Damage:
         ),
         ("flashinfer_trtllm_bf16_routed", spoil(topk_ids=lambda t: t + (9 << 16)), "names expert .* of 4"),
         ("flashinfer_trtllm_bf16_routed", spoil(intermediate_size=64), "the gate projection is .* wanted .64, 128. by x"),
+        ("flashinfer_cute_sm90", spoil(num_local_experts=0), "the rank holds no expert"),
+        ("flashinfer_cutedsl", spoil(w1_weight=lambda t: t[:2]), "index 3 is out of bounds"),
         ("flashinfer_cutedsl", spoil(w1_weight_sf=lambda t: t.flip(0)[:16]), "are not the MMA layout"),
         ("flashinfer_b12x", spoil(fc2_input_scale=None), "fc2_input_scale is required"),
         ("flashinfer_fp4_quantize_128x4", spoil(is_sf_8x4_layout=True, backend="cute-dsl"), "backend='cute-dsl'"),
@@ -255,6 +257,21 @@ def test_a_scale_for_every_expert_where_the_kernel_reads_one_breaks_the_contract
     verdict = run(opened(str(place))[1].case, subject_of(str(place), "dump"), CPU)
     assert verdict.status is Status.CONTRACT
     assert "fc2_input_scale has shape (4,), wanted (1)" in verdict.reason
+
+
+def test_an_activations_strides_are_no_matter_to_the_kernel(record: Recorder) -> None:
+    """It would read other values than the caller meant."""
+    place = record("flashinfer_silu_and_mul")
+    inputs = torch.load(place / "inputs.pt")
+    torch.save({name: t.T.contiguous().T for name, t in inputs.items()}, place / "inputs.pt")
+    verdict = run(opened(str(place))[1].case, subject_of(str(place), "dump"), CPU)
+    assert verdict.status is Status.CONTRACT
+    assert "input is not contiguous" in verdict.reason
+
+
+def test_a_recorded_output_that_fits_no_call_is_said(record: Recorder) -> None:
+    said, _ = damaged(record("flashinfer_fp4_quantize_8x4"), lambda result: result.update(result_1=torch.zeros(3)))
+    assert "what it returned then does not fit the call" in said
 
 
 def edited(place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
