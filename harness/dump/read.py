@@ -25,6 +25,7 @@ from harness.reading import opened, parse_json, printable, regular
 METADATA = "metadata.jsonl"
 MAX_METADATA = 1 << 24  # bytes; one record of a fused MoE call has some 10 KiB
 MAX_TENSORS = 1 << 36  # bytes; the recorder stops at 20 GB in all (FLASHINFER_DUMP_MAX_SIZE_GB)
+MAX_NAME = 200  # characters of a function's name, which messages repeat
 MAX_SPREAD = 64  # times a tensor's elements that its strides may span
 OPEN, CLOSE = "([{<", ")]}>"
 
@@ -79,7 +80,7 @@ def read(folder: Path) -> Dump:
             result, more = _returned(folder, record)
             notes += more
         versions = {str(k): printable(str(v))[:100] for k, v in record["versions"].items()}
-        function = str(record["function_name"])
+        function = printable(str(record["function_name"]))[:MAX_NAME]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"[:300]
         raise DumpError(f"{folder / METADATA}: not a record of FlashInfer's flight recorder: {printable(text)}") from error

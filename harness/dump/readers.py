@@ -20,6 +20,7 @@ from harness.dump.cutlass import read_cutlass
 from harness.dump.layer import Call, Layer
 from harness.dump.read import Dump, DumpError
 from harness.guard import Argument
+from harness.reading import printable
 
 Arguments = Mapping[str, Any]
 Outcome = Callable[[Arguments, Mapping[str, Tensor], tuple[Tensor, ...]], Tensor]
@@ -32,6 +33,7 @@ UNREAD = {
     "silu_and_mul_scaled_nvfp4_experts_quantize": ONE_GEMM,
     "grouped_gemm_nt_masked": ONE_GEMM,
 }
+MAX_TEXT = 500  # characters of somebody's error in ours
 # what twins raise, and what reading buffers of other shapes does
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ArithmeticError)
 STEP = (
@@ -147,7 +149,8 @@ def call_of(dump: Dump) -> Call:
     except DumpError as error:
         raise DumpError(f"{dump.folder}: {dump.function}: {error}") from error
     except REFUSALS as error:
-        raise DumpError(f"{dump.folder}: {dump.function} would refuse this call, or is not read so: {error}") from error
+        text = printable(str(error))[:MAX_TEXT]
+        raise DumpError(f"{dump.folder}: {dump.function} would refuse this call, or is not read so: {text}") from error
     return call
 
 

@@ -188,6 +188,7 @@ def test_strides_survive_in_both_tensor_formats(record: Recorder, monkeypatch: p
     ("edit", "says"),
     [
         (lambda r: r.update(function_name="trtllm_fp4_block_scale_moe_v9"), "read are: cutlass_fused_moe"),
+        (lambda r: r.update(function_name="x" * 10_000), r"a call of x{200}; read are: "),
         (lambda r: r.pop("tensor_details"), "KeyError: 'tensor_details'"),
         (
             lambda r: r["input_metadata"].update(kwarg_output_dtype={"type": "torch.dtype", "value": "torch.load"}),
