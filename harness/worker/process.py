@@ -67,8 +67,8 @@ class Child:
         return self.channel.take()
 
     def _heard(self, seconds: float) -> set[int]:
-        """Which of its descriptors say something within so long: its pipe, its end. One poll object for all messages: a fresh
-        one for each, as multiprocessing.connection.wait makes, was a third of what the supervisor does for a case."""
+        """Which of its descriptors say something within so long: its pipe, its end. One poll object for all: a selector
+        a message, as multiprocessing.connection.wait makes, was a sixth of the supervisor's time for a case."""
         if self._poll is None:
             self._poll = select.poll()
             for descriptor in (self.channel.pipe.fileno(), self.process.sentinel):
