@@ -7,16 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from harness import config
 from harness.cli_options import Platform
-from harness.compare import compare
-from harness.dump.layer import inputs_of, layer_of
-from harness.dump.read import Dump, DumpError, folders, read
+from harness.dump.read import Dump, DumpError, folders
+from harness.dump.subject import judge_recorded, opened
 from harness.journal import Journal
 from harness.known import mark
-from harness.oracle import expect
 from harness.report.text import explain
 from harness.session import detected_platform, device_of, new_folder
 from harness.worker.supervisor import Supervisor
@@ -44,8 +41,8 @@ def import_dump(
     journal = Journal(folder)
     for index, place in enumerate(found):
         try:
-            dump = read(place)
-            case = layer_of(dump).case
+            dump, call = opened(str(place.resolve()))
+            case = call.case
         except DumpError as error:
             out.print(f"not judged: {error}", markup=False, style="yellow")
             refused += 1
@@ -67,13 +64,4 @@ def import_dump(
 def _recorded(dump: Dump) -> str:
     """What the tensors say that the call returned when it was recorded."""
     made = f"recorded under flashinfer {dump.versions.get('flashinfer', '?')}, torch {dump.versions.get('torch', '?')}"
-    if dump.result is None:
-        return f"{made}; it never returned"
-    layer = layer_of(dump)
-    inputs = inputs_of(layer, "cpu")
-    got = next((t for t in dump.result.values() if isinstance(t, Tensor) and tuple(t.shape) == tuple(layer.x.shape)), None)
-    if got is None:
-        return f"{made}; it returned nothing of shape {tuple(layer.x.shape)}"
-    found = compare(expect(inputs.case, inputs, layer.rounding, guard=False), got)
-    share = f"{found.beyond} of {found.total} elements beyond the bound, worst z {found.worst:.3g}, rel-L2 {found.rel_l2:.2e}"
-    return f"{made}; what it returned then {'agrees' if found.agrees else 'is WRONG'}: {share}"
+    return f"{made}; {judge_recorded(str(dump.folder))[0]}"

@@ -37,6 +37,7 @@ def script(case: Case, backend: Backend, verdict: Verdict, device: str, found: d
     parts += [f"{name} = {pprint.pformat(value, width=WIDTH, sort_dicts=False)}" for name, value in facts.items()]
     parts += [_body(hashing)] if found["draw"] is not None else []
     parts += [_body(standalone), _LOAD.format(inputs=INPUTS)]
+    parts += [_GPU.format(unrun=UNRUN)] if device == "cuda" else []
     if call:
         parts += [
             f"# The call, as moecheck's backend {backend.name} makes it.",
@@ -115,6 +116,11 @@ def buffers() -> dict[str, Tensor]:
         stored = spec["source"] == "file"
         made[name] = laid_out(flat[name].to(DEVICE), spec) if stored else drawn(name, DRAW, range(DRAW["experts"])).to(DEVICE)
     return made"""
+
+_GPU = """\
+if __name__ == "__main__" and DEVICE == "cuda" and not torch.cuda.is_available():
+    print("this failure was found on a GPU, and torch sees none here: nothing was called")
+    raise SystemExit({unrun})"""
 
 _MAIN = """\
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from harness.reading import opened, parse_json, printable, regular
 METADATA = "metadata.jsonl"
 MAX_METADATA = 1 << 24  # bytes; one record of a fused MoE call has some 10 KiB
 MAX_TENSORS = 1 << 36  # bytes; the recorder stops at 20 GB in all (FLASHINFER_DUMP_MAX_SIZE_GB)
+MAX_NAME = 200  # characters of a function's name, which messages repeat
 MAX_SPREAD = 64  # times a tensor's elements that its strides may span
 OPEN, CLOSE = "([{<", ")]}>"
 
@@ -44,13 +45,13 @@ class Member:
 @dataclass(frozen=True)
 class Dump:
     """A recorded call. function: its name; arguments: by parameter name, tensors on the CPU with their strides; result: the
-    tensors it returned, None where the recorder never saw it return; versions: of flashinfer, torch, python; notes: what the
-    recorder lost."""
+    tensors it returned in their order, None where the recorder never saw it return; versions: of flashinfer, torch, python;
+    notes: what the recorder lost."""
 
     folder: Path
     function: str
     arguments: Mapping[str, Any]
-    result: Mapping[str, Tensor] | None
+    result: tuple[Tensor, ...] | None
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
@@ -71,14 +72,15 @@ def read(folder: Path) -> Dump:
     try:
         details = record["tensor_details"]
         tensors, notes = _tensors(folder, "inputs", details)
+        notes += _devices({key: details[key]["device"] for key in tensors})
         given = {**{key: t for key, t in tensors.items() if "__" not in key}, **_values(record["input_metadata"], tensors)}
         arguments = _named(given, _parameters(record["function_signature"]))
         result = None
         if record["execution_status"] == "completed":
-            result, more = _tensors(folder, "outputs", details)
+            result, more = _returned(folder, record)
             notes += more
         versions = {str(k): printable(str(v))[:100] for k, v in record["versions"].items()}
-        function = str(record["function_name"])
+        function = printable(str(record["function_name"]))[:MAX_NAME]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"[:300]
         raise DumpError(f"{folder / METADATA}: not a record of FlashInfer's flight recorder: {printable(text)}") from error
@@ -116,6 +118,26 @@ def _tensors(folder: Path, kind: str, details: Mapping[str, Any]) -> tuple[dict[
         note = (f"{name} has no strides: {', '.join(lost)} are laid out again as the record says",) if lost else ()
         return placed, note
     raise DumpError(f"{folder}: neither {kind}.pt nor {kind}.safetensors; was the recorder killed before it wrote them?")
+
+
+def _devices(found: Mapping[str, str]) -> tuple[str, ...]:
+    """A note where the call's tensors were on several devices: here they will be on one."""
+    places = sorted(set(found.values()), key=lambda place: -list(found.values()).count(place))
+    if len(places) < 2:
+        return ()
+    odd = ", ".join(f"{key} on {place}" for key, place in found.items() if place != places[0])
+    return (f"the arguments were on several devices: {odd}, the others on {places[0]}",)
+
+
+def _returned(folder: Path, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The tensors that came back: keys result, result_1 of a tuple, result__1 of a list. No file is written where none did."""
+    details = record["tensor_details"]
+    if not any(key.startswith("result") for key in details):
+        return (), ()
+    found, notes = _tensors(folder, "outputs", details)
+    return tuple(
+        found[key] for key in sorted(found, key=lambda key: int(key.rpartition("_")[2] or 0) if "_" in key else 0)
+    ), notes
 
 
 def _unpickled(file: BufferedReader) -> Any:
@@ -159,7 +181,8 @@ def _value(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         enum, _, name = str(value["name"]).partition(".")
         return Member(enum, name)
     if kind in ("list", "tuple") and not value.get("truncated"):
-        return [_value(item, tensors) for item in value["items"]]
+        items = [_value(item, tensors) for item in value["items"]]
+        return items if kind == "list" else tuple(items)
     raise ValueError(f"a value of type {kind!r}, which the recorder keeps as text only")
 
 

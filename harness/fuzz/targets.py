@@ -1,4 +1,5 @@
-"""What moecheck reads, each with valid seeds and the way it is read: bundles, journals, plans, four kinds of YAML, case ids."""
+"""What moecheck reads, each with valid seeds and the way it is read: bundles, journals, plans, four kinds of YAML, case ids,
+recorded calls."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from harness.bundle import manifest as m
 from harness.bundle import read, write
 from harness.bundle.collect import collect
 from harness.case import Case
+from harness.fuzz import dumps
 from harness.fuzz.mutate import BYTES, CASE_TOKENS, VALUES, altered, inserted, json_text, spoiled, yaml_text
 from harness.journal import Journal
 from harness.known import mark, outcome
@@ -60,6 +62,7 @@ class Targets:
         self._journal = b"".join(lines)
         self._makers = {"bundle": self._spoil_bundle, "journal": self._spoil_journal, "plan": self._spoil_plan}
         self._makers |= {"yaml": self._spoil_yaml, "known_issues": self._spoil_issues, "case": self._spoil_case}
+        self._makers |= {"dump": self._spoil_dump}
 
     @property
     def names(self) -> list[str]:
@@ -143,6 +146,10 @@ class Targets:
         path.write_bytes(yaml_text(random, (config.ROOT / path.name).read_bytes()))
         read_all = lambda: [mark(v, config.known_issues(self.folder)) for v in self._verdicts]  # noqa: E731
         return Attempt("known_issues", read_all, str(path), lined=True)
+
+    def _spoil_dump(self, random: Random) -> Attempt:
+        dumps.spoil(random, self.folder)
+        return Attempt("dump", lambda: dumps.judge(self.folder), str(self.folder))
 
     def _spoil_case(self, random: Random) -> Attempt:
         text = CASE.format(random.choice(("exact", "real")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import time
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,7 @@ class Child:
     history: list[Item] = field(default_factory=list)
     resident: int = 0
     leave_by: float = 0.0  # time.monotonic() at which a dismissed child is killed
+    _poll: select.poll | None = None
 
     @property
     def pid(self) -> int:
@@ -52,19 +53,27 @@ class Child:
 
     def next(self, deadline: float) -> Message | None:
         """Its next message, None when the deadline passes; EOFError when it is gone, CorruptedReply for bytes that are none."""
-        while True:
-            until = min(deadline, time.monotonic() + SLICE_S)
-            ready = wait([self.channel.pipe, self.process.sentinel], max(0.0, until - time.monotonic()))
-            if self.channel.pipe in ready or self.channel.pending:
-                message = self.channel.receive(until)
-                if message is not None:
-                    return message
+        while not self.channel.pending:
+            ready = self._heard(min(deadline - time.monotonic(), SLICE_S))
+            if self.channel.pipe.fileno() in ready:
+                self.channel.fill()
             elif ready:
                 raise EOFError("closed")
-            self.resident = vitals.resident(self.pid) or self.resident
-            self.log.bound()
-            if time.monotonic() >= deadline:
+            else:
+                self.resident = vitals.resident(self.pid) or self.resident
+                self.log.bound()
+            if not self.channel.pending and time.monotonic() >= deadline:
                 return None
+        return self.channel.take()
+
+    def _heard(self, seconds: float) -> set[int]:
+        """Which of its descriptors say something within so long: its pipe, its end. One poll object for all: a selector
+        a message, as multiprocessing.connection.wait makes, was a sixth of the supervisor's time for a case."""
+        if self._poll is None:
+            self._poll = select.poll()
+            for descriptor in (self.channel.pipe.fileno(), self.process.sentinel):
+                self._poll.register(descriptor, select.POLLIN)
+        return {descriptor for descriptor, _ in self._poll.poll(max(0.0, 1000 * seconds))}
 
     def question(self, mark: int) -> str:
         """Where it hangs, asked of itself."""

@@ -49,15 +49,23 @@ class Channel:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if left is not None and not wait([self.pipe], left):
                 return None
-            try:
-                data = os.read(self.pipe.fileno(), CHUNK)
-            except OSError as error:
-                raise EOFError(str(error)) from error
-            if not data:
-                raise EOFError("closed in the middle of a message" if self._read else "closed")
-            self._read += data
-            if len(self._read) > MAX_MESSAGE:
-                raise CorruptedReply(f"corrupted reply: more than {MAX_MESSAGE} bytes without an end: {self._read[:40]!r}")
+            self.fill()
+        return self.take()
+
+    def fill(self) -> None:
+        """Read what there is, or wait for it; EOFError when the other side is gone."""
+        try:
+            data = os.read(self.pipe.fileno(), CHUNK)
+        except OSError as error:
+            raise EOFError(str(error)) from error
+        if not data:
+            raise EOFError("closed in the middle of a message" if self._read else "closed")
+        self._read += data
+        if len(self._read) > MAX_MESSAGE:
+            raise CorruptedReply(f"corrupted reply: more than {MAX_MESSAGE} bytes without an end: {self._read[:40]!r}")
+
+    def take(self) -> Message:
+        """The first of the messages that were read."""
         line, self._read = self._read.split(b"\n", 1)
         return _parsed(line)
 

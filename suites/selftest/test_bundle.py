@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from harness.backends import discover
-from harness.backends.base import CPU, Backend, Launch
+from harness.backends.base import CPU, Backend, Device, Launch
 from harness.bundle import manifest as m
 from harness.bundle import read, standalone, write
 from harness.bundle.collect import collect, drawing
@@ -102,6 +102,19 @@ def test_repro_needs_no_moecheck_and_tells_a_wrong_kernel(tmp_path: Path) -> Non
     assert done.returncode == 1, done.stderr
     assert "elements beyond" in done.stdout
     assert " 0 of " not in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run there")
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_gpus_bundle_says_that_it_wants_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], shown: bool) -> None:
+    """Of a call, and of tensors alone, where the backend does not say its call as text."""
+    folder, backend = write.new_folder(tmp_path / "b"), discover()["torch_grouped_mm" if shown else "triton_moe"]
+    case = Case.parse(CASE)
+    verdict = Verdict(case.id, backend.name, Status.CRASHED, Stage.LAUNCH, "died", environment={"arch": "sm90"})
+    judged = write.Judged(verdict, backend, Device("cuda", "sm90", "NVIDIA H200"))
+    assert write.save(folder, judged, collect(case, backend, CPU, folder)).standalone is shown
+    assert repro(folder) == 3
+    assert "found on a GPU, and torch sees none here" in capsys.readouterr().out
 
 
 def test_what_the_hash_gives_again_is_not_stored(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from harness.backends import discover
 from harness.case import Case
-from harness.dump.layer import layer_of
+from harness.dump.layer import Layer
 from harness.dump.read import DumpError, _parameters, folders, read
+from harness.dump.readers import call_of
 from harness.entry import planting, twins
 from harness.inputs import make_inputs
 
@@ -69,9 +70,10 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_the_logical_layer_comes_back_from_the_physical_buffers(record: Recorder, mode: str) -> None:
     """What the adapter packed: the same weights times the same factors, in the reference's order of halves."""
     case = Case.parse(CASES[mode])
-    inputs, layer = make_inputs(case), layer_of(read(record(mode)))
+    inputs, layer = make_inputs(case), call_of(read(record(mode)))
+    assert isinstance(layer, Layer)
     assert layer.activation == case.activation
-    assert torch.equal(layer.ids, inputs.topk_ids)
+    assert torch.equal(layer.routed.routing.ids, inputs.topk_ids)
     for expert in range(case.shape.experts):
         want = [q.format.decode(q) if q is not None else None for q in (*inputs.gate_up(expert), inputs.down(expert))]
         gate, up, down = layer.matrices(expert)
@@ -105,6 +107,7 @@ def test_a_wrong_recorded_output_is_named(record: Recorder, moecheck: Callable[.
     torch.save(result, place / "outputs.pt")
     answer = moecheck("import-dump", str(place), "--platform", "cpu", "--out", str(tmp_path / "run"))
     assert "what it returned then is WRONG: " in answer.out
+    assert "looks like constant_factor" in answer.out
     assert answer.code == 0, "the installed library (here its twin) gets it right"
 
 
@@ -185,6 +188,7 @@ def test_strides_survive_in_both_tensor_formats(record: Recorder, monkeypatch: p
     ("edit", "says"),
     [
         (lambda r: r.update(function_name="trtllm_fp4_block_scale_moe_v9"), "read are: cutlass_fused_moe"),
+        (lambda r: r.update(function_name="x" * 10_000), r"a call of x{200}; read are: "),
         (lambda r: r.pop("tensor_details"), "KeyError: 'tensor_details'"),
         (
             lambda r: r["input_metadata"].update(kwarg_output_dtype={"type": "torch.dtype", "value": "torch.load"}),
@@ -200,7 +204,7 @@ def test_a_damaged_record_is_one_clear_error(record: Recorder, edit: Callable[[d
     edit(entry)
     (place / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
     with pytest.raises(DumpError, match=says):
-        layer_of(read(place))
+        call_of(read(place))
 
 
 def test_a_pickle_runs_no_code(record: Recorder, tmp_path: Path) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from multiprocessing import Pipe
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -13,7 +19,10 @@ from harness.case import Case
 from harness.diagnose import KINDS
 from harness.errors import PluginError
 from harness.verdict import Status
+from harness.worker import process
 from harness.worker.health import sticky
+from harness.worker.log import Log
+from harness.worker.protocol import Channel
 from harness.worker.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +135,40 @@ def test_a_context_that_answers_with_errors_issticky(monkeypatch: pytest.MonkeyP
     assert not sticky(CPU)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     assert not sticky(gpu)
+
+
+def heard(tmp_path: Path) -> tuple[process.Child, Channel]:
+    """A child that is this process, and the other end of its pipe."""
+    ours, theirs = Pipe()
+    silent, _held = os.pipe()
+    running = cast(ForkServerProcess, SimpleNamespace(sentinel=silent, pid=os.getpid()))
+    return process.Child(running, Channel(ours), Log(tmp_path / "log"), None), Channel(theirs)
+
+
+def test_messages_that_came_together_are_heard_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply was read with the stage before it: waiting for more cost a slice, 0.1 s a case where children are fast."""
+    monkeypatch.setattr(process, "SLICE_S", 20.0)
+    child, theirs = heard(tmp_path)
+    theirs.send({"stage": "done"})
+    theirs.send({"ready": True})
+    deadline = time.monotonic() + 10
+    assert [child.next(deadline), child.next(deadline)] == [{"stage": "done"}, {"ready": True}]
+    assert time.monotonic() < deadline - 5
+
+
+def test_a_message_without_an_end_does_not_outlive_the_limit(tmp_path: Path) -> None:
+    """A kernel that keeps scribbling into the pipe is a hang, not a conversation."""
+    child, theirs = heard(tmp_path)
+    drip = threading.Event()
+
+    def scribble() -> None:
+        while not drip.wait(0.005):
+            os.write(theirs.pipe.fileno(), b"x")
+
+    thread = threading.Thread(target=scribble)
+    thread.start()
+    started = time.monotonic()
+    assert child.next(started + 0.3) is None
+    assert time.monotonic() < started + 3
+    drip.set()
+    thread.join()
