@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from harness.backends import _vllm
-from harness.backends._packing import Stack, pack
+from harness.backends._packing import Stack, biases, pack
 from harness.backends.base import Backend, Launch
-from harness.case import Case, Limit
+from harness.case import BIASES, Case, Limit
 from harness.inputs import Inputs
 from reference.rounding import Rounding
 
 ENTRY = f"{_vllm.FUSED_MOE}.experts.marlin_moe.fused_marlin_moe"
 REPACK = "vllm._custom_ops.gptq_marlin_repack"
 PERMUTE = f"{_vllm.QUANT_UTILS}.marlin_utils.marlin_permute_scales"
+PERMUTE_BIAS = f"{_vllm.QUANT_UTILS}.marlin_utils.marlin_permute_bias"
 FP4 = f"{_vllm.QUANT_UTILS}.marlin_utils_fp4"
 FP8_BIAS = f"{_vllm.QUANT_UTILS}.marlin_utils_fp8.fp8_fused_exponent_bias_into_scales"
 TYPES = "vllm.scalar_type.scalar_types"
@@ -54,14 +55,17 @@ INTEGERS = ("int4_g32", "int4_g64", "int4_g128", "mxint4")
 
 
 def rounding(case: Case) -> Rounding:
-    """marlin_template.h: the GEMMs write 16 bits, then GEMM 2 multiplies them by the routing weight, itself rounded to 16 bits;
-    torch.sum adds in fp32. Of NVFP4 the weight is rounded after it took up the global scale."""
+    """marlin_template.h, write_result: the GEMMs round to 16 bits, add the bias in 16 bits, then GEMM 2 multiplies by the routing
+    weight, itself rounded to 16 bits; torch.sum adds in fp32. Of NVFP4 the weight is rounded after it took up the global scale,
+    by which the kernel as it is written multiplies the bias of GEMM 2 too: no rounding, and not what is expected here."""
     out = case.recipe.out
-    return Rounding(gate_up=out, activated=_vllm.halves(case), middle=out, routing_weight=out, row=out, weighted=out, out=out)
+    wide = Rounding(gate_up=out, activated=_vllm.halves(case), middle=out, routing_weight=out, row=out, weighted=out, out=out)
+    return replace(wide, product=out) if case.bias == "bias" else wide
 
 
 def prepare(case: Case, inputs: Inputs) -> Launch:
-    """Repacked weights [experts, K / 16, ..], permuted scales [experts, K / group, N], NVFP4's global scales [experts]."""
+    """Repacked weights [experts, K / 16, ..], permuted scales [experts, K / group, N], NVFP4's global scales [experts], permuted
+    biases [experts, N] in the dtype of x."""
     kind, dtype = KINDS[case.recipe.weights], _vllm.carrier(case)
     buffers = {**_vllm.step(inputs), **_vllm.expert_map(inputs)}
     for name, stack in zip(("w13", "w2"), pack(case, inputs, one_factor=True), strict=True):
@@ -75,6 +79,7 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         if stack.factors is not None:
             process = _vllm.library(f"{FP4}.nvfp4_marlin_process_global_scale")
             buffers[f"{name}_global"] = process(stack.factors[:, 0].contiguous(), dtype) / shift
+    buffers |= _biases(case, inputs, dtype)
     return Launch(_call(case, buffers, kind), buffers, contract=_vllm.contract(case))
 
 
@@ -101,25 +106,36 @@ def scales(stack: Stack) -> Tensor:
     return stack.scales
 
 
+def padding(case: Case) -> int:
+    """What the intermediate size lacks to a whole thread tile."""
+    return -case.shape.inter % max(WIDE if case.shape.hidden % WIDE else NARROW, KINDS[case.recipe.weights].group)
+
+
 def padded(name: str, logical: tuple[Tensor, Tensor], case: Case) -> tuple[Tensor, Tensor]:
     """Intermediate size up to a whole thread tile, with zero codes and scales: rows of both halves of w13, columns of w2."""
-    kind, inter = KINDS[case.recipe.weights], case.shape.inter
-    missing = -inter % max(WIDE if case.shape.hidden % WIDE else NARROW, kind.group)
-    if not missing:
-        return logical
-    weights, factors = logical
+    kind, missing, (weights, factors) = KINDS[case.recipe.weights], padding(case), logical
     if name == "w2":
         more = missing * kind.bits // 8
         groups = missing // kind.group if kind.group > 0 else 0
         return torch.nn.functional.pad(weights, (0, more)), torch.nn.functional.pad(factors, (0, groups))
-    if case.activation == "swiglu_oai":  # rows alternate: both halves end together
-        both = 2 * missing
-        return torch.nn.functional.pad(weights, (0, 0, 0, both)), torch.nn.functional.pad(factors, (0, 0, 0, both))
-    parts = 2 if case.activation in _vllm.GATED else 1
-    padded_parts = [
-        torch.nn.functional.pad(t.unflatten(1, (parts, inter)), (0, 0, 0, missing)).flatten(1, 2) for t in (weights, factors)
-    ]
-    return padded_parts[0], padded_parts[1]
+    return padded_rows(weights, case), padded_rows(factors, case)
+
+
+def padded_rows(rows: Tensor, case: Case) -> Tensor:
+    """[experts, rows of w13, columns] with zeros behind either half; where rows alternate both end together."""
+    parts = 2 if case.activation in _vllm.GATED and case.activation != "swiglu_oai" else 1
+    ends = padding(case) * (2 if case.activation == "swiglu_oai" else 1)
+    done: Tensor = torch.nn.functional.pad(rows.unflatten(1, (parts, -1)), (0, 0, 0, ends))
+    return done.flatten(1, 2)
+
+
+def _biases(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = biases(inputs, dtype)
+    if not found:
+        return {}
+    permute = _vllm.library(PERMUTE_BIAS)
+    found["w13_bias"] = padded_rows(_vllm.ordered(case, found["w13_bias"]).unsqueeze(-1), case).squeeze(-1)
+    return {name: torch.stack([permute(one) for one in bias]) for name, bias in found.items()}
 
 
 def repacked(weights: Tensor, kind: Kind) -> Tensor:
@@ -187,8 +203,8 @@ def _call(case: Case, b: dict[str, Tensor], kind: Kind) -> Callable[[], Tensor]:
             b["x"],
             b["w13"],
             b["w2"],
-            None,
-            None,
+            b.get("w13_bias"),
+            b.get("w2_bias"),
             b["w13_scales"],
             b["w2_scales"],
             b["topk_weights"],
@@ -216,8 +232,8 @@ def call(b):
         b["x"],
         b["w13"],
         b["w2"],
-        None,
-        None,
+        b.get("w13_bias"),
+        b.get("w2_bias"),
         b["w13_scales"],
         b["w2_scales"],
         b["topk_weights"],
@@ -278,8 +294,9 @@ def _backend(name: str, recipes: tuple[str, ...], summary: str, activations: tup
         activations=activations,
         archs=("sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
-        probe=_vllm.needs(ENTRY, REPACK, PERMUTE, TYPES, _vllm.ACTIVATION),
+        probe=_vllm.needs(ENTRY, REPACK, PERMUTE, PERMUTE_BIAS, TYPES, _vllm.ACTIVATION),
         limits=_LIMITS,
+        biases=BIASES,
         prepare=prepare,
         script=script,
         expert_parallel=True,

@@ -13,7 +13,7 @@ from harness.backends._packing import pack
 from harness.backends._slabs import Places, in_blocks, in_slabs
 from harness.backends._vllm import expert_map, ordered
 from harness.backends.base import Device, Launch
-from harness.backends.vllm_marlin import FP4, FP8_BIAS, KINDS, PERMUTE, REPACK, TYPES, lifted
+from harness.backends.vllm_marlin import FP4, FP8_BIAS, KINDS, PERMUTE, PERMUTE_BIAS, REPACK, TYPES, lifted, rounding
 from harness.case import Case
 from harness.entry import planting
 from harness.inputs import Inputs, make_inputs
@@ -40,13 +40,18 @@ def repack(b_q_weight: Tensor, perm: Tensor, size_k: int, size_n: int, num_bits:
 
 
 def permute(s: Tensor, size_k: int, size_n: int, group_size: int) -> Tensor:
-    assert s.shape == (size_k // group_size, size_n)
-    return layout("marlin_scale_grouped" if group_size < size_k else "marlin_scale_single").pack(s.T.contiguous())
+    assert s.shape == (size_k // group_size if group_size > 0 else 1, size_n)
+    return layout("marlin_scale_grouped" if 0 < group_size < size_k else "marlin_scale_single").pack(s.T.contiguous())
+
+
+def permute_bias(s: Tensor) -> Tensor:
+    return layout("marlin_scale_single").pack(s.unsqueeze(-1)).view(s.shape)
 
 
 HELPERS = {
     REPACK: repack,
     PERMUTE: permute,
+    PERMUTE_BIAS: permute_bias,
     TYPES: Any(),
     FP8_BIAS: lambda s: s,
     f"{FP4}._nvfp4_compute_scale_factor": lambda scales, dtype: 2.0,
@@ -115,6 +120,45 @@ def test_marlin_reads_the_weights_that_were_drawn(
             assert q is not None
             assert close(part[:inter], q.format.decode(q))
             assert not part[inter:].any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "recipe", "hidden", "inter", "activation", "fill"),
+    [*CASES, ("vllm_marlin_fp8", "fp8_channel", 128, 64, "swiglu", "exact")],
+)
+def test_marlin_reads_biases_with_the_rows_of_their_weights(
+    backend: str, recipe: str, hidden: int, inter: int, activation: str, fill: str
+) -> None:
+    """Columns 2 i + b + 8 a of 32 lie together, padding of either half included; in the dtype of x, where the kernel adds."""
+    text = CASE.format(recipe=recipe, hidden=hidden, inter=inter, activation=activation, fill=fill)
+    launch, inputs = prepared(backend, Case.parse(text.replace(".s1", ".bias.s1")))
+    first, second = (
+        layout("marlin_scale_single").unpack(launch.buffers[name][2].unsqueeze(0), (launch.buffers[name].shape[1], 1)).flatten()
+        for name in ("w13_bias", "w2_bias")
+    )
+    assert first.dtype == second.dtype == inputs.x.dtype
+    assert torch.equal(second.float(), inputs.down_bias(2))  # type: ignore[arg-type]
+    gate, up = inputs.gate_up_bias(2)
+    rows = first.unsqueeze(-1).float()
+    parts = (rows,) if up is None else split_halves(rows, "interleaved" if "oai" in activation else "gate_up", 0)
+    for part, bias in zip(parts, (gate, up), strict=False):
+        assert torch.equal(part[:inter, 0], bias)  # type: ignore[arg-type]
+        assert not part[inter:].any()
+
+
+def test_marlin_is_handed_its_biases_and_adds_them_to_what_it_rounded() -> None:
+    handed: list[tuple[object, ...]] = []
+    entry = "vllm.model_executor.layers.fused_moe.experts.marlin_moe.fused_marlin_moe"
+    case = Case.parse(CASE.format(recipe="mxfp4", hidden=128, inter=64, activation="swiglu", fill="real"))
+    for asked in (case, case.vary(bias="bias")):
+        with planting({entry: lambda *a, **k: handed.append(a)}):
+            launch, _ = prepared("vllm_marlin_mxfp4", asked)
+            launch.call()
+        assert handed[-1][3:5] == (launch.buffers.get("w13_bias"), launch.buffers.get("w2_bias"))
+    assert handed[0][3] is None
+    assert handed[1][3] is not None
+    assert [rounding(asked).product for asked in (case, case.vary(bias="bias"))] == [None, "bf16"]
+    assert "w13_bias" in str(discover()["vllm_marlin_mxfp4"].script(case))  # type: ignore[misc]
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
