@@ -5,6 +5,7 @@ Source of every layout: FlashInfer 0.7.2.post1 fused_moe/prepare.py, prepare_trt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -202,7 +203,7 @@ def fp4(case: Case, inputs: Inputs) -> Packed:
     if case.recipe.acts != "bf16":
         contract.append(Argument("hidden_states_scale", FP8, (tokens, hidden // vector), contiguous=True))
     parameters = activation_parameters(case, weights.get("output1_scale_gate_scalar"), experts, inputs.device)
-    weights |= _fp4_biases(inputs, library, gated(case))
+    weights |= _fp4_biases(inputs, library, gated(case), weights)
     lengths = {"gemm1_bias": rows, "gemm2_bias": hidden}
     contract += [Argument(name, torch.float32, (experts, n), contiguous=True) for name, n in lengths.items() if name in weights]
     absent = ("gemm1_bias", "gemm2_bias", "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
@@ -213,14 +214,17 @@ def fp4(case: Case, inputs: Inputs) -> Packed:
     return Packed(weights, fixed, partial(_fp4_activations, case, inputs), tuple(contract), {})
 
 
-def _fp4_biases(inputs: Inputs, library: Library, reorder: bool) -> dict[str, Tensor]:
-    """float32 [experts, rows] with the rows of their weights; added to the accumulators."""
+def _fp4_biases(inputs: Inputs, library: Library, reorder: bool, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 [experts, rows] with the rows of their weights, in units of accumulators: they are added before NVFP4's numbers
+    multiply both. Source: FlashInfer 0.7.2.post1 trace/templates/moe.py, _fp4_moe_run_experts."""
     added = biases(inputs, torch.float32, up_first=True)
-    if not added:
-        return {}
-    first, second = (added[name].unsqueeze(-1) for name in ("w13_bias", "w2_bias"))
-    shuffled = (library.shuffled(first, reorder), library.shuffled(second, False))
-    return {f"gemm{i}_bias": bias.squeeze(-1).contiguous() for i, bias in enumerate(shuffled, 1)}
+    found = {}
+    numbers = ("output1_scale_gate_scalar", "output2_scale_scalar")  # accumulator -> value: the gate's, for both halves
+    for i, (number, bias) in enumerate(zip(numbers, added.values(), strict=False), 1):
+        raw = bias / scales[number][:, None] if number in scales else bias
+        rows = library.shuffled(raw.unsqueeze(-1), reorder and i == 1)
+        found[f"gemm{i}_bias"] = rows.squeeze(-1).contiguous()
+    return found
 
 
 def _fp4_weights(case: Case, inputs: Inputs, library: Library) -> dict[str, Tensor]:

@@ -113,13 +113,6 @@ def some_tokens(case: Case) -> str | None:
     return None if case.shape.tokens else "no tokens: 'Either routing_logits or expert_indices must be provided'"
 
 
-def unscaled(case: Case) -> str | None:
-    """The bias is added to the accumulator, which NVFP4's three numbers scale afterwards."""
-    if case.bias == "bias" and case.recipe.weights == "nvfp4":
-        return "gemm1_bias and gemm2_bias of NVFP4 are in units of accumulators: handed over of MXFP4 only, as gpt-oss has them"
-    return None
-
-
 def weighted_input(routed: bool, case: Case) -> str | None:
     """use_routing_scales_on_input."""
     if case.weighting == "onoutput":
@@ -202,8 +195,6 @@ def limits(family: Family, routed: bool) -> tuple[Limit, ...]:
         Limit(("recipe", "hidden", "inter", "activation"), partial(aligned, family)),
         Limit(("recipe", "activation"), partial(activated, family)),
     ]
-    if len(family.biases) > 1:
-        found += [Limit(("bias", "recipe"), unscaled)]
     if len(family.weightings) > 1:
         found += [Limit(("weighting", "top_k", "activation", "routing"), partial(weighted_input, routed))]
     if family.name == "fp8_block":

@@ -259,6 +259,9 @@ SUBJECTS = [
     ("flashinfer_trtllm_fp4_twin", "moe.mxfp4.t8.h128.i128.e5.k2.renormalize.swiglu_oai.standard.real.bias.s0"),
     ("flashinfer_trtllm_fp4_twin", "moe.mxfp4-mxfp8.t8.h128.i128.e5.k2.renormalize.swiglu.standard.exact.bias.s0"),
     ("flashinfer_trtllm_fp4_routed_twin", "moe.mxfp4.t8.h128.i128.e5.k2.renormalize.identity.standard.exact.bias.s0"),
+    ("flashinfer_trtllm_fp4_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu_step.standard.real.bias.s0"),
+    ("flashinfer_trtllm_fp4_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.situ.standard.real.bias.s0"),
+    ("flashinfer_trtllm_fp4_routed_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu.standard.exact.bias.s0"),
     ("flashinfer_trtllm_fp8_tensor_twin", FP8_ON_INPUT.replace("default", "llama4")),
 ]
 
@@ -267,6 +270,22 @@ SUBJECTS = [
 def test_whole_adapters_pass_with_every_relation(subject: str, text: str) -> None:
     verdict = judged(BACKENDS[subject], text)
     assert verdict.status is Status.PASSED, verdict.reason
+
+
+FP4 = "flashinfer.fused_moe.trtllm_fp4_block_scale_moe"
+
+
+@pytest.mark.parametrize(("bias", "number"), [("gemm1_bias", "output1_scale_gate_scalar"), ("gemm2_bias", "output2_scale_scalar")])
+def test_biases_of_nvfp4_are_in_units_of_accumulators(bias: str, number: str) -> None:
+    """They are added before the three numbers dequantise; in units of values they are seen to be wrong."""
+
+    def of_values(**given: Any) -> object:
+        return twins()[FP4](**{**given, bias: given[bias] * given[number][:, None]})
+
+    subject = planted(BACKENDS["flashinfer_trtllm_fp4_twin"], "wrong", {FP4: of_values})
+    for fill in ("real", "exact"):
+        verdict = judged(subject, f"moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu.standard.{fill}.bias.s0")
+        assert verdict.status is Status.WRONG, verdict.reason
 
 
 def test_a_backend_that_does_not_say_so_is_not_asked() -> None:
