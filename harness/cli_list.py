@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from harness import config
@@ -38,8 +40,15 @@ def show(platform: str, plugins: list[str], as_json: bool, out: Console) -> None
         data |= {"cells": [_plain(c) for c in found], "hazards": [hazard.model_dump() for hazard in loaded.hazards]}
         out.print(json.dumps(data, indent=1), markup=False)
         return
-    out.print(_table(found, f"{platform}: what runs where"))
+    table = _table(found, f"{platform}: what runs where")
+    wide = out if out.is_terminal else Console(width=_natural(table, out), highlight=False, file=out.file)
+    wide.print(table)
     out.print(_counts(found), markup=False)
+
+
+def _natural(table: Table, out: Console) -> int:
+    """Columns in which nothing folds: a pipe has no edge, and `grep` reads lines."""
+    return Measurement.get(out, out.options.update(width=sys.maxsize), table).maximum
 
 
 def _plain(cell: Cell) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from harness import config
 from harness.backends import discover, with_twins
 from harness.backends.base import Backend
+from harness.cli_list import show
 from harness.matrix import Cell, Way, matrix, padding_of, same
 
 SM100, CPU = config.platform("sm100"), config.platform("cpu")
@@ -91,6 +95,21 @@ def test_the_command_prints_it_and_json(moecheck: Callable[..., Any]) -> None:
         (c.subject, c.recipe, list(c.ways)) for c in found
     ]
     assert {"text", "link"} <= set(data["hazards"][0])
+
+
+def test_what_is_piped_has_a_line_for_each_row_and_nothing_is_folded(moecheck: Callable[..., Any]) -> None:
+    lines = moecheck("list", "--platform", "sm100").out.splitlines()
+    for subject in {c.subject: c for c in matrix(SM100, discover())}.values():
+        wanted = (subject.subject, subject.library, subject.recipe, ", ".join(subject.routings) or "top-k ids")
+        assert any(all(text in line for text in wanted) for line in lines), wanted
+    assert max(map(len, lines)) > 140
+
+
+def test_a_terminal_keeps_its_width() -> None:
+    out = Console(width=100, force_terminal=True, file=io.StringIO())
+    show("sm100", [], False, out)
+    assert isinstance(out.file, io.StringIO)
+    assert all(len(Text.from_ansi(line).plain) <= 100 for line in out.file.getvalue().splitlines()[:-1])
 
 
 def test_a_selection_is_answered_with_the_plan(moecheck: Callable[..., Any]) -> None:
