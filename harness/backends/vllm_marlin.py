@@ -55,17 +55,17 @@ INTEGERS = ("int4_g32", "int4_g64", "int4_g128", "mxint4")
 
 
 def rounding(case: Case) -> Rounding:
-    """marlin_template.h, write_result: the GEMMs round to 16 bits, add the bias in 16 bits, then GEMM 2 multiplies by the routing
-    weight, itself rounded to 16 bits; torch.sum adds in fp32. Of NVFP4 the weight is rounded after it took up the global scale,
-    by which the kernel as it is written multiplies the bias of GEMM 2 too: no rounding, and not what is expected here."""
+    """marlin_template.h, write_result: the GEMMs round to 16 bits and add the bias in 16 bits, then GEMM 2 multiplies by the
+    routing weight, itself rounded to 16 bits; torch.sum adds in fp32. Of NVFP4 the weight is rounded after it took up the
+    global scale, by which the kernel as it is written multiplies the bias of GEMM 2 too: that is not expected here."""
     out = case.recipe.out
     wide = Rounding(gate_up=out, activated=_vllm.halves(case), middle=out, routing_weight=out, row=out, weighted=out, out=out)
     return replace(wide, product=out) if case.bias == "bias" else wide
 
 
 def prepare(case: Case, inputs: Inputs) -> Launch:
-    """Repacked weights [experts, K / 16, ..], permuted scales [experts, K / group, N], NVFP4's global scales [experts], permuted
-    biases [experts, N] in the dtype of x."""
+    """Repacked weights [experts, K / 16, ..], permuted scales [experts, K / group, N], NVFP4's global scales [experts],
+    permuted biases [experts, N] in the dtype of x."""
     kind, dtype = KINDS[case.recipe.weights], _vllm.carrier(case)
     buffers = {**_vllm.step(inputs), **_vllm.expert_map(inputs)}
     for name, stack in zip(("w13", "w2"), pack(case, inputs, one_factor=True), strict=True):
