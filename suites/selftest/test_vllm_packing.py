@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from harness.backends import discover
 from harness.backends._packing import pack
 from harness.backends._slabs import Places, in_blocks, in_slabs
 from harness.backends._vllm import expert_map, ordered
-from harness.backends.base import Device, Launch
+from harness.backends.base import CPU, Device, Launch, always
 from harness.backends.vllm_marlin import FP4, FP8_BIAS, KINDS, PERMUTE, PERMUTE_BIAS, REPACK, TYPES, lifted, rounding
 from harness.case import Case
 from harness.entry import planting
 from harness.inputs import Inputs, make_inputs
+from harness.pipeline import run
 from harness.variants import shards
+from harness.verdict import Status
 from reference.activation import split_halves
 from reference.formats import get
 from reference.layouts import get as layout
@@ -159,6 +162,48 @@ def test_marlin_is_handed_its_biases_and_adds_them_to_what_it_rounded() -> None:
     assert handed[1][3] is not None
     assert [rounding(asked).product for asked in (case, case.vary(bias="bias"))] == [None, "bf16"]
     assert "w13_bias" in str(discover()["vllm_marlin_mxfp4"].script(case))  # type: ignore[misc]
+
+
+def marlin(case: Case, as_written: bool) -> Callable[..., Tensor]:
+    """fused_marlin_moe of swiglu from the physical buffers, rounding where write_result of marlin_template.h does. as_written:
+    of NVFP4 the number that multiplies GEMM 2's sums with the routing weight multiplies their biases too."""
+
+    def experts(x: Tensor, *tensors: Tensor, **named: Tensor | None) -> Tensor:
+        w13, w2, first, second, s13, s2, weights, ids = tensors
+        b = {"w13": w13, "w2": w2, "w13_scales": s13, "w2_scales": s2}
+        b |= {f"w{n}_global": g for n, g in ((13, named["global_scale1"]), (2, named["global_scale2"])) if g is not None}
+        biases = {name: layout("marlin_scale_single").unpack(t, t.T.shape).T for name, t in ((13, first), (2, second))}
+        expert_map = named["expert_map"]
+        rows = torch.zeros(*ids.shape, x.shape[1], dtype=x.dtype)
+        for t, k in torch.ones_like(ids).nonzero().tolist():
+            e = int(ids[t, k] if expert_map is None else expert_map[ids[t, k].long()])
+            if e < 0:
+                continue
+            pre = (read_back(case, b, "w13", e) @ x[t].double()).to(x.dtype) + biases[13][e]
+            gate, up = pre.chunk(2)
+            total = read_back(case, b, "w2", e) @ (torch.nn.functional.silu(gate) * up).double()
+            scale = b["w2_global"][e].double() if as_written else 1.0
+            row = (total / scale).to(x.dtype) + biases[2][e]
+            rows[t, k] = row * (weights[t, k] * scale).to(x.dtype)
+        return rows.float().sum(1).to(x.dtype)
+
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fill"), [("nvfp4", "real"), ("nvfp4", "exact"), ("mxfp4", "real"), ("int4_g32-fp16", "real")]
+)
+def test_marlins_adapter_passes_with_biases_and_the_kernel_as_it_is_written_does_not(recipe: str, fill: str) -> None:
+    text = CASE.format(recipe=recipe, hidden=128, inter=96, activation="swiglu", fill=fill)
+    case = Case.parse(text.replace(".s1", ".bias.s1"))
+    backend = replace(discover()[f"vllm_marlin_{recipe.split('_')[0]}"], archs=(), probe=always)
+    entry = "vllm.model_executor.layers.fused_moe.experts.marlin_moe.fused_marlin_moe"
+    with planting({entry: marlin(case, as_written=False)}):
+        verdict = run(case, backend, CPU)
+    assert verdict.status is Status.PASSED, verdict.reason
+    if recipe == "nvfp4":
+        with planting({entry: marlin(case, as_written=True)}):
+            assert run(case, backend, CPU).status is Status.WRONG
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
