@@ -16,8 +16,8 @@ from harness.warm.units import Unit
 
 _CHILD = Path(__file__).with_name("specs_child.py")
 _JIT = "flashinfer.jit."
-# Name of the module in FlashInfer's cache -> the function that describes it, read in 0.6.11.post2 and 0.7.2.post1.
-GENERATORS: dict[str, tuple[str, str]] = {
+# Name of the module in FlashInfer's cache -> module, function that describes it, its arguments: 0.6.11.post2 and 0.7.2.post1.
+GENERATORS: dict[str, tuple[str, ...]] = {
     "fused_moe_90": (_JIT + "fused_moe", "gen_cutlass_fused_moe_sm90_module"),
     "fused_moe_100": (_JIT + "fused_moe", "gen_cutlass_fused_moe_sm100_module"),
     "fused_moe_103": (_JIT + "fused_moe", "gen_cutlass_fused_moe_sm103_module"),
@@ -26,6 +26,9 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "fp8_blockscale_gemm_90": (_JIT + "gemm.fp8_blockscale", "gen_fp8_blockscale_gemm_sm90_module"),
     "gemm_sm90": (_JIT + "gemm.core", "gen_gemm_sm90_module"),
     "mxfp8_quantization_sm100": (_JIT + "fp8_quantization", "gen_mxfp8_quantization_sm100_module"),
+    "silu_and_mul": (_JIT + "activation", "gen_act_and_mul_module", "silu"),
+    "gelu_and_mul": (_JIT + "activation", "gen_act_and_mul_module", "gelu"),
+    "gelu_tanh_and_mul": (_JIT + "activation", "gen_act_and_mul_module", "gelu_tanh"),
     "monomoe": (_JIT + "monomoe", "gen_monomoe_module"),
     "bgmv_moe": (_JIT + "bgmv_moe", "gen_bgmv_moe_module"),
     "dsv3_fused_routing": (_JIT + "dsv3_optimizations", "gen_dsv3_fused_routing_module"),

@@ -1,8 +1,9 @@
 """Runs alone in a child, never imported: asks the installed FlashInfer for its JIT specs and writes what it said as JSON.
 
-    python -P specs_child.py '{"arch": "9.0a", "workspace": DIR, "answer": FILE, "generators": {NAME: [MODULE, FUNCTION]}}'
+    python -P specs_child.py '{"arch": "9.0a", "workspace": DIR, "answer": FILE, "generators": {NAME: [MODULE, FUNCTION, ...]}}'
 
-FlashInfer reads its environment while it is imported, and importing it may initialise CUDA: hence the child.
+Behind FUNCTION stand its arguments. FlashInfer reads its environment while it is imported, which may initialise CUDA:
+hence the child.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _described(spec: Any, home: str) -> dict[str, Any]:
     }
 
 
-def _asked(module: str, function: str) -> dict[str, Any]:
+def _asked(module: str, function: str, *arguments: str) -> dict[str, Any]:
     from flashinfer.jit.cpp_ext import get_cuda_path
 
     try:
@@ -48,7 +49,7 @@ def _asked(module: str, function: str) -> dict[str, Any]:
     except (ImportError, AttributeError) as error:
         return {"error": f"this release has no {module}.{function} ({error})"}
     try:
-        return _described(generate(), get_cuda_path())
+        return _described(generate(*arguments), get_cuda_path())
     except Exception as error:  # a generator may download, look for CUDA, or refuse an architecture
         return {"error": f"{module}.{function} says {type(error).__name__}: {error}"}
 

@@ -143,6 +143,18 @@ def test_a_whole_module_is_built_loads_and_is_not_built_again(world: World) -> N
     assert [one.seconds for one in again.objects] == [one.seconds for one in made.objects]
 
 
+def test_activations_share_a_generator_and_have_a_module_each(world: World) -> None:
+    """One function describes all three, by its argument."""
+    text = "from flashinfer.jit.fused_moe import Spec\nclass Named(Spec):\n"
+    text += "    def __init__(self, which): self.name = which + '_and_mul'\n"
+    text += "gen_act_and_mul_module = Named\n"
+    (world.here / "site/flashinfer/jit/activation.py").write_text(text)
+    names = [name for name in specs.GENERATORS if name.endswith("_and_mul")]
+    found = specs.read(names, "9.0a", world.out)
+    assert len(names) == 3
+    assert {name: spec.module for name, spec in found.items() if isinstance(spec, Spec)} == {name: name for name in names}
+
+
 @pytest.mark.parametrize("what", ["source", "flag", "compiler"])
 def test_only_what_changed_is_built_again(world: World, what: str) -> None:
     """A key without the flags or the compiler's version links yesterday's objects into today's library."""
