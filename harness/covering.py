@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from harness.propagation import Propagation
 
 Numbers = NDArray[Any]
+RULE = "3.2.0"  # the release of covertable whose rows these are; another one when they change
 FIRST = 256  # candidates looked at before all are: the first that covers enough is mostly among them
 SAMPLES = 1 << 13  # random rows: a combination that a valid one has needs no propagation to be possible
 CONFLICT = 16  # of a level that the row contradicts: more than any strength
@@ -59,7 +60,7 @@ class Gains:
             yield from np.concatenate(others)[np.argsort(-np.concatenate(covers), kind="stable")].tolist()
 
     def _of(self, pairs: Numbers, new: Numbers) -> Numbers:
-        found = (new == len(pairs)).astype(np.int64)  # itself, where all of it is new
+        found: Numbers = (new == len(pairs)).astype(np.int64)  # itself, where all of it is new
         for j, counts in enumerate(self._counts[:-1], 1):
             for levels in combinations(pairs, j):
                 found += counts[levels]
@@ -107,7 +108,8 @@ class Covering:
         axes = [first + np.arange(size) for first, size in zip(self._first, self._sizes, strict=True)]
         grids = (np.stack(np.meshgrid(*some, indexing="ij")) for some in combinations(axes, self._strength))
         pairs = np.concatenate([grid.reshape(self._strength, -1) for grid in grids], axis=1)
-        return pairs[:, np.argsort(_hashes(pairs), kind="stable")]
+        ordered: Numbers = pairs[:, np.argsort(_hashes(pairs), kind="stable")]
+        return ordered
 
     def _possible(self, pairs: Numbers) -> Numbers:
         """[n]: may some row have this combination, as far as propagation sees?"""
@@ -115,7 +117,7 @@ class Covering:
         samples = self._samples()
         for levels in self._subsets.T.tolist():
             found[tuple(samples[levels])] = True
-        possible = found[tuple(pairs)]
+        possible: Numbers = found[tuple(pairs)]
         for number in np.flatnonzero(~possible).tolist():
             possible[number] = self._added(pairs[:, number].tolist()) is not None
         return possible
@@ -127,7 +129,8 @@ class Covering:
         valid = np.ones(SAMPLES, dtype=bool)
         for axes, flags in self._tables:
             valid &= flags[tuple(rows[list(axes)])]
-        return rows[:, valid] + self._first[:, None]
+        serials: Numbers = rows[:, valid] + self._first[:, None]
+        return serials
 
     def _grow(self) -> None:
         """Take combinations into the row until none fits; into an empty row the first."""
@@ -176,15 +179,14 @@ class Covering:
         levels = self._first + row
         inside = np.zeros(len(self._place), dtype=np.int8)
         inside[levels] = 1
-        left = _total(inside, self._pairs) < self._strength
-        left = np.flatnonzero(left)
+        left = np.flatnonzero(_total(inside, self._pairs) < self._strength)
         self._open, self._pairs = self._open[left], self._pairs[:, left]
         _mark(self._wanted, levels[self._subsets], 0)
 
 
 def _total(flags: Numbers, pairs: Numbers) -> Numbers:
     """[n]: the sum over each combination's levels. A quarter of the time of `flags[pairs].sum(axis=0)`."""
-    found = flags[pairs[0]]
+    found: Numbers = flags[pairs[0]]
     for levels in pairs[1:]:
         found += flags[levels]
     return found
@@ -207,7 +209,8 @@ def _hashes(pairs: Numbers) -> Numbers:
 
 
 def _hashed(before: Numbers, byte: Any) -> Numbers:
-    return (before ^ byte) * np.uint64(FNV_PRIME) & np.uint64(0xFFFFFFFF)
+    found: Numbers = (before ^ byte) * np.uint64(FNV_PRIME) & np.uint64(0xFFFFFFFF)
+    return found
 
 
 def rows(

@@ -85,7 +85,8 @@ class Propagation:
                 for other in (axis, *self._beside[axis]):
                     if row[axis] is not None or (other != axis and row[other] is not None):
                         continue
-                    kept = domains[axis] & (self._alone(row, axis) if other == axis else self._beside_one(row, axis, other, domains))
+                    allowed = self._alone(row, axis) if other == axis else self._beside_one(row, axis, other, domains)
+                    kept = domains[axis] & allowed
                     if not kept:
                         return False
                     if kept != domains[axis]:
