@@ -53,7 +53,7 @@ from harness.cli_options import Backends, Cases, Executor, Ops, Platform, Plugin
 from harness.cli_repro import repro
 from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
-from harness.errors import MoecheckError
+from harness.errors import MoecheckError, SelectionError
 from harness.plan import Plan, Request
 from harness.run import Incomplete, Manner, execute
 from harness.session import detected_platform, device_of
@@ -159,11 +159,22 @@ def plan_(  # noqa: PLR0913 - typer turns parameters into options
     --platform all: of each, into a folder."""
     every = platform == cli_shards.ALL
     where = None if durations else plan_cache.folder()  # runs go on: what they took is not kept
+    empty = []
     for name in config.names("platforms") if every else [platform]:
         request = _request(name, tier, backend, op, case, plugin)
         path = cli_shards.target(request.platform, output, every)
-        make = partial(_written, request, durations or [])
-        cli_shards.save(plan_files.kept(where, request, make, _note), path, out)
+        try:
+            made = plan_files.kept(where, request, partial(_written, request, durations or []), _note)
+        except SelectionError as error:
+            if not every:
+                raise
+            empty.append(str(error))
+            continue
+        cli_shards.save(made, path, out)
+    if len(empty) == len(config.names("platforms")):
+        raise SelectionError(f"on no platform: {empty[0]}")
+    for text in empty:
+        _note(text)
 
 
 def _written(request: Request, durations: list[Path]) -> plan_files.Text:
