@@ -10,7 +10,7 @@ first what is written, then what is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from harness.anchors import Products
@@ -194,7 +194,7 @@ class Case:
     def vary(self, **axes: int | str) -> Case:
         """A copy with some axes replaced, `recipe` given as text."""
         recipe = Recipe.parse(str(axes.pop("recipe", self.recipe)))
-        shape = {k: axes.pop(k) for k in asdict(self.shape) if k in axes}
+        shape = {k: axes.pop(k) for k in vars(self.shape) if k in axes}
         return replace(self, shape=replace(self.shape, **shape), recipe=recipe, **axes)  # type: ignore[arg-type]
 
 

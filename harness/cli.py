@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -42,6 +43,7 @@ from harness import (
     config,
     plan,
     plan_cache,
+    plan_files,
 )
 from harness.backends import discover
 from harness.backends.base import Backend
@@ -51,7 +53,7 @@ from harness.cli_options import Backends, Cases, Executor, Ops, Platform, Plugin
 from harness.cli_repro import repro
 from harness.cli_shrink import shrink
 from harness.device import detect, driver_version, gpus, version
-from harness.errors import MoecheckError
+from harness.errors import MoecheckError, SelectionError
 from harness.plan import Plan, Request
 from harness.run import Incomplete, Manner, execute
 from harness.session import detected_platform, device_of
@@ -153,8 +155,34 @@ def plan_(  # noqa: PLR0913 - typer turns parameters into options
     plugin: Plugins = None,
     durations: cli_shards.Durations = None,
 ) -> None:
-    """Write the plan of a platform, which need not be here, for `moecheck run --plan FILE --shard I/N` on machines that are."""
-    cli_shards.save(_plan(_request(platform, tier, backend, op, case, plugin), here=False), output, durations or [], out)
+    """Write the plan of a platform, which need not be here, for `moecheck run --plan FILE --shard I/N` on machines that are;
+    --platform all: of each, into a folder."""
+    every = platform == cli_shards.ALL
+    where = None if durations else plan_cache.folder()  # runs go on: what they took is not kept
+    empty = []
+    for name in config.names("platforms") if every else [platform]:
+        request = _request(name, tier, backend, op, case, plugin)
+        path = cli_shards.target(request.platform, output, every)
+        try:
+            made = plan_files.kept(where, request, partial(_written, request, durations or []), _note)
+        except SelectionError as error:
+            if not every:
+                raise
+            empty.append(str(error))
+            continue
+        cli_shards.save(made, path, out)
+    if len(empty) == len(config.names("platforms")):
+        raise SelectionError(f"on no platform: {empty[0]}")
+    for text in empty:
+        _note(text)
+
+
+def _written(request: Request, durations: list[Path]) -> plan_files.Text:
+    return cli_shards.written(_plan(request, here=False), durations)
+
+
+def _note(text: str) -> None:
+    err.print(f"moecheck: {text}", style="yellow", markup=False)
 
 
 @app.command("list")
@@ -220,7 +248,7 @@ def _request(platform: str | None, tier: str | None, *filters: list[str] | None,
 def _plan(request: Request, here: bool = True) -> Plan:
     """Expand the request, on this machine's device or, for `list`, on the one the platform file describes."""
     device = device_of(request.platform) if here else plan.device_named(config.platform(request.platform))
-    rows = plan_cache.cached(plan_cache.folder(), lambda text: err.print(f"moecheck: {text}", style="yellow", markup=False))
+    rows = plan_cache.cached(plan_cache.folder(), _note)
     return plan.make(request, discover(request.plugins), device, rows=rows)
 
 

@@ -1,118 +1,231 @@
-"""covertable's algorithm with its constraints as tables: the same rows, in a fraction of the time. Pure.
+"""Covering arrays under constraints that are tables: the rows of covertable 3.2, in its order, in a fraction of the time. Pure.
 
-covertable asks a constraint again and again about rows that differ where it does not look. A table's answer, and what can still
-follow from a half-filled row, depend on the few axes that the tables name: looked up or remembered, nothing else is changed.
+covertable asks its constraints again and again about rows that differ where they do not look, counts anew for every candidate
+what it covers, and tries again what has just failed. Here a table is looked up, what can follow is remembered
+(propagation.py), and what the candidates cover comes from counts that grow with the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import numpy as np
-from covertable.main import Controller, Row
+from numpy.typing import NDArray
+
+from harness.propagation import Propagation
+
+Numbers = NDArray[Any]
+RULE = "3.2.0"  # the release of covertable whose rows these are; another one when they change
+FIRST = 256  # candidates looked at before all are: the first that covers enough is mostly among them
+SAMPLES = 1 << 13  # random rows: a combination that a valid one has needs no propagation to be possible
+CONFLICT = 16  # of a level that the row contradicts: more than any strength
+FNV_START, FNV_PRIME = 0x811C9DC5, 0x01000193  # FNV-1a of 32 bits, by which covertable.sorters.hash orders combinations
 
 
-class Greedy:
-    """covertable.criteria.greedy over whole numbers."""
+class Gains:
+    """What a candidate would cover beyond the row's own. counts[j - 1]: for j levels off the row, how many open combinations
+    they make with levels of the row; the last of them, `wanted`, is 1 for an open combination."""
 
-    @staticmethod
-    def extract(ctrl: Controller) -> Iterator[tuple[int, ...]]:
-        """The combination to try next, until none fits: the first that covers enough, else the one that covers most."""
-        incomplete, parents, width = ctrl.incomplete, ctrl.parents, ctrl.strength
-        while True:
-            row, refused = ctrl.row, ctrl.row.invalid_pairs
-            if len(row) == ctrl.factor_length:
-                return
-            held, size, chosen, most = set(row.values()), len(row), None, -1
-            covered = sum(map(incomplete.__contains__, combinations(sorted(held), width)))
-            for pair in ctrl.fitting():
-                if pair in refused:
-                    continue
-                new = [serial for serial in pair if serial not in held]
-                if not ctrl._storable_check([(parents[serial], serial) for serial in new]):
-                    continue
-                found = sum(map(incomplete.__contains__, combinations(sorted(held.union(new)), width))) - covered
-                if found + ctrl.tolerance > size * len(new):
-                    chosen = pair
+    def __init__(self, wanted: Numbers) -> None:
+        size, strength = len(wanted), wanted.ndim
+        self._counts = [*(np.zeros((size,) * j, dtype=np.int16) for j in range(1, strength)), wanted]
+        self._held: list[int] = []
+
+    def take(self, row: Iterable[int]) -> None:
+        """The row has these levels now, those it had before among them."""
+        for serial in row:
+            if serial not in self._held:
+                self._held.append(serial)
+                for fewer, more in pairwise(self._counts):
+                    fewer += more[serial]
+        for counts in self._counts[:-1]:
+            for axis in range(counts.ndim):
+                counts.swapaxes(0, axis)[self._held] = 0
+
+    def ranked(self, live: Numbers, pairs: Numbers, new: Numbers) -> Iterator[int]:
+        """The numbers `live` of the candidates `pairs` [strength, n] in covertable's order of choice: those that cover enough
+        for the levels they add, as they come; then those that cover most. new [n]: how many levels each adds."""
+        start, width, others, covers = 0, FIRST, [], []
+        while start < len(live):
+            part = slice(start, start + width)
+            found = self._of(pairs[:, part], new[part])
+            enough = found > len(self._held) * new[part]
+            yield from live[part][enough].tolist()
+            others.append(live[part][~enough])
+            covers.append(found[~enough])
+            start, width = start + width, len(live)
+        if others:
+            yield from np.concatenate(others)[np.argsort(-np.concatenate(covers), kind="stable")].tolist()
+
+    def _of(self, pairs: Numbers, new: Numbers) -> Numbers:
+        found: Numbers = (new == len(pairs)).astype(np.int64)  # itself, where all of it is new
+        for j, counts in enumerate(self._counts[:-1], 1):
+            for levels in combinations(pairs, j):
+                found += counts[levels]
+        return found
+
+
+class Covering:
+    """Rows over axes of `sizes` levels. Levels are numbered through: `first` is the number of an axis's first one.
+
+    order: the combinations of `strength` levels that are possible, in covertable's order; open [n]: the numbers of those that
+    no row has yet; pairs [strength, n]: their levels; wanted: 1 at each of them, whatever the order of its levels.
+    """
+
+    def __init__(self, sizes: Sequence[int], strength: int, tables: Sequence[tuple[tuple[int, ...], Numbers]]) -> None:
+        self._sizes, self._strength, self._tables = tuple(sizes), strength, tables
+        self._first = np.cumsum([0, *sizes[:-1]])
+        self._place = [(axis, level) for axis, size in enumerate(sizes) for level in range(size)]
+        self._propagation = Propagation(sizes, tables)
+        self._subsets = np.array(list(combinations(range(len(sizes)), strength))).T
+        self._row: list[int | None] = [None] * len(sizes)
+        pairs = self._all()
+        self._pairs = pairs[:, self._possible(pairs)] if tables else pairs
+        self._order = self._pairs.T.tolist()
+        self._open = np.arange(len(self._order))
+        self._wanted = np.zeros((len(self._place),) * strength, dtype=np.int16)
+        _mark(self._wanted, self._pairs, 1)
+
+    def rows(self) -> Iterator[list[int]]:
+        """Greedy ones until one cannot be completed, then one for each combination that is open: covertable's rescue."""
+        while len(self._open):
+            self._row = [None] * len(self._sizes)
+            self._grow()
+            row = self._propagation.completed(self._row)
+            if row is None:
+                break
+            self._consume(row)
+            yield row
+        for number in self._open.tolist():
+            self._row = [None] * len(self._sizes)
+            if self._take(self._order[number]) and (row := self._propagation.completed(self._row)) is not None:
+                yield row
+
+    def _all(self) -> Numbers:
+        """[strength, n], in covertable's order."""
+        axes = [first + np.arange(size) for first, size in zip(self._first, self._sizes, strict=True)]
+        grids = (np.stack(np.meshgrid(*some, indexing="ij")) for some in combinations(axes, self._strength))
+        pairs = np.concatenate([grid.reshape(self._strength, -1) for grid in grids], axis=1)
+        ordered: Numbers = pairs[:, np.argsort(_hashes(pairs), kind="stable")]
+        return ordered
+
+    def _possible(self, pairs: Numbers) -> Numbers:
+        """[n]: may some row have this combination, as far as propagation sees?"""
+        found = np.zeros((len(self._place),) * self._strength, dtype=bool)
+        samples = self._samples()
+        for levels in self._subsets.T.tolist():
+            found[tuple(samples[levels])] = True
+        possible: Numbers = found[tuple(pairs)]
+        for number in np.flatnonzero(~possible).tolist():
+            possible[number] = self._added(pairs[:, number].tolist()) is not None
+        return possible
+
+    def _samples(self) -> Numbers:
+        """Random rows that all tables allow: [axes, rows] level numbers."""
+        random = np.random.default_rng(0)
+        rows = np.stack([random.integers(size, size=SAMPLES) for size in self._sizes])
+        valid = np.ones(SAMPLES, dtype=bool)
+        for axes, flags in self._tables:
+            valid &= flags[tuple(rows[list(axes)])]
+        serials: Numbers = rows[:, valid] + self._first[:, None]
+        return serials
+
+    def _grow(self) -> None:
+        """Take combinations into the row until none fits; into an empty row the first."""
+        self._take(self._order[self._open[0]])
+        gains, live, pairs = Gains(self._wanted), self._open, self._pairs
+        refused = np.zeros(len(self._order), dtype=bool)
+        while None in self._row:
+            state = self._state()
+            gains.take(np.flatnonzero(state == 1).tolist())
+            held = _total(state, pairs)
+            fits = np.flatnonzero((held < self._strength) & ~refused[live])  # neither contradicts the row nor is in it
+            live, pairs, held = live[fits], pairs[:, fits], held[fits]
+            for number in gains.ranked(live, pairs, self._strength - held):
+                if self._take(self._order[number]):
                     break
-                if found > most:
-                    most, chosen = found, pair
-            if chosen is None:
+                refused[number] = True
+            else:
                 return
-            yield chosen
 
+    def _state(self) -> Numbers:
+        """[levels]: 1 for those of the row, CONFLICT for what else their axes could have, 0 on the other axes."""
+        found = np.zeros(len(self._place), dtype=np.int8)
+        for first, size, level in zip(self._first, self._sizes, self._row, strict=True):
+            if level is not None:
+                found[first : first + size] = CONFLICT
+                found[first + level] = 1
+        return found
 
-class Tabled(Controller):  # type: ignore[misc]  # covertable carries no annotations
-    """A covertable controller whose constraints are tables: axes -> the combinations of their values that are allowed."""
+    def _take(self, pair: Iterable[int]) -> bool:
+        """Into the row, unless that leaves no valid row."""
+        row = self._added(pair)
+        self._row = row or self._row
+        return row is not None
 
-    def __init__(self, axes: Mapping[str, Sequence[Any]], strength: int, tables: Sequence[tuple[tuple[str, ...], Any]]) -> None:
-        self._tables: list[tuple[tuple[str, ...], frozenset[tuple[int, ...]]]] = []
-        self._given = tables
-        self._named: tuple[str, ...] = tuple(dict.fromkeys(name for names, _ in tables for name in names))
-        self._seen: dict[tuple[int | None, ...], bool] = {}
-        constraints = [{"operator": "fn", "requires": list(names), "evaluate": _lookup(names, ok)} for names, ok in tables]
-        super().__init__(dict(axes), strength=strength, criterion=Greedy, constraints=constraints)
-        self._order = list(self.incomplete)
-        self._index = {pair: number for number, pair in enumerate(self._order)}
-        self._pairs = np.array(self._order, dtype=np.int64).reshape(-1, strength)
-        self._left = np.ones(len(self._order), dtype=bool)
+    def _added(self, pair: Iterable[int]) -> list[int | None] | None:
+        row, new = self._row.copy(), []
+        for serial in pair:
+            axis, level = self._place[serial]
+            if row[axis] is None:
+                row[axis] = level
+                new.append(axis)
+        return row if self._propagation.allows(row, new) and self._propagation.possible(row) else None
 
-    def fitting(self) -> Iterator[tuple[int, ...]]:
-        """What is not covered yet, contradicts nothing in the row and adds to it, in covertable's order."""
-        held = np.zeros(len(self.parents), dtype=bool)
-        other = held.copy()
-        for name, serial in self.row.items():
-            other[self.serials[name]] = True
-            held[serial], other[serial] = True, False
-        found = self._left & ~other[self._pairs].any(axis=1) & ~held[self._pairs].all(axis=1)
-        return (self._order[number] for number in np.flatnonzero(found))
-
-    def consume_pairs(self, row: Row) -> None:
+    def _consume(self, row: list[int]) -> None:
         """Cross off what a finished row covers."""
-        super().consume_pairs(row)
-        covered = (self._index.get(pair) for pair in combinations(sorted(row.values()), self.strength))
-        self._left[[number for number in covered if number is not None]] = False
-
-    def _resolve_constraints(self, constraints: Any) -> None:
-        super()._resolve_constraints(constraints)
-        serials = {name: dict(zip(self.factors[name], self.serials[name], strict=True)) for name in self._named}
-        for names, allowed in self._given:
-            numbers = frozenset(tuple(serials[n][v] for n, v in zip(names, values, strict=True)) for values in allowed)
-            self._tables.append((names, numbers))
-
-    def _storable_check(self, candidate: Sequence[tuple[str, int]], row: Row | None = None) -> bool:
-        """Does no table forbid the row with these (axis, serial) in it?"""
-        held = {**(self.row if row is None else row), **dict(candidate)}
-        for names, allowed in self._tables:
-            values = tuple(held.get(name) for name in names)
-            if None not in values and values not in allowed:
-                return False
-        return True
-
-    def _forward_check(self, snapshot: Mapping[str, int]) -> bool:
-        key = tuple(snapshot.get(name) for name in self._named)
-        if key not in self._seen:
-            self._seen[key] = bool(super()._forward_check({name: snapshot[name] for name in self._named if name in snapshot}))
-        return self._seen[key]
-
-    def set_pair(self, pair: tuple[int, ...]) -> bool:
-        """Take it into the row, unless that leaves no valid row."""
-        candidate = self.get_candidate(pair)
-        if not self._storable_check(candidate) or not self._forward_check({**self.row, **dict(candidate)}):
-            return False
-        self.row.update(candidate)
-        self._mark_passed_constraints(self.row)
-        return True
+        levels = self._first + row
+        inside = np.zeros(len(self._place), dtype=np.int8)
+        inside[levels] = 1
+        left = np.flatnonzero(_total(inside, self._pairs) < self._strength)
+        self._open, self._pairs = self._open[left], self._pairs[:, left]
+        _mark(self._wanted, levels[self._subsets], 0)
 
 
-def _lookup(names: tuple[str, ...], allowed: Any) -> Any:
-    return lambda row: tuple(row[name] for name in names) in allowed
+def _total(flags: Numbers, pairs: Numbers) -> Numbers:
+    """[n]: the sum over each combination's levels. A quarter of the time of `flags[pairs].sum(axis=0)`."""
+    found: Numbers = flags[pairs[0]]
+    for levels in pairs[1:]:
+        found += flags[levels]
+    return found
+
+
+def _mark(flags: Numbers, pairs: Numbers, value: int) -> None:
+    for levels in permutations(pairs):
+        flags[levels] = value
+
+
+def _hashes(pairs: Numbers) -> Numbers:
+    """covertable's sort key of each combination [strength, n]: FNV-1a of the text "1,20,300 "."""
+    found = np.full(pairs.shape[1], FNV_START, dtype=np.uint64)
+    for place, numbers in enumerate(pairs.astype(np.uint64), 1):
+        for power in (10**p for p in reversed(range(len(str(numbers.max()))))):
+            digit = numbers // power % 10 + ord("0")
+            found = np.where((numbers >= power) | (power == 1), _hashed(found, digit), found)
+        found = _hashed(found, np.uint64(ord(" " if place == len(pairs) else ",")))
+    return found
+
+
+def _hashed(before: Numbers, byte: Any) -> Numbers:
+    found: Numbers = (before ^ byte) * np.uint64(FNV_PRIME) & np.uint64(0xFFFFFFFF)
+    return found
 
 
 def rows(
     axes: Mapping[str, Sequence[Any]], strength: int, tables: Sequence[tuple[tuple[str, ...], Any]]
 ) -> list[dict[str, Any]]:
-    """covertable.make(axes, strength, constraints) for constraints that are (axes, allowed combinations)."""
-    return list(Tabled(axes, strength, tables).make_async())
+    """What covertable.make(axes, strength, constraints) gives for axes of two values and more and constraints that are (axes,
+    allowed combinations of their values): every combination of `strength` values that is possible is in a row."""
+    names, values = list(axes), list(axes.values())
+    numbers = [{value: number for number, value in enumerate(some)} for some in values]
+    flags = []
+    for named, allowed in tables:
+        places = tuple(map(names.index, named))
+        table = np.zeros([len(values[place]) for place in places], dtype=bool)
+        for combination in allowed:
+            table[tuple(numbers[place][value] for place, value in zip(places, combination, strict=True))] = True
+        flags.append((places, table))
+    made = Covering([len(some) for some in values], strength, flags).rows()
+    return [{name: some[level] for name, some, level in zip(names, values, row, strict=True)} for row in made]

@@ -58,7 +58,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan: two runs can share a folder only if theirs are equal."""
-        return digest_of([asdict(item) for item in self.items])
+        return digest_of([vars(item) for item in self.items])
 
     def share(self, shard: Shard | None) -> Plan:
         """The plan of a shard's items alone; the whole for None."""
@@ -73,15 +73,23 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the plan's file."""
+        put(path, self.text())
+
+    def text(self) -> str:
+        """The plan's file: JSON, an item a line."""
         data = {"schema": SCHEMA, "digest": self.digest, "limit_s": self.limit_s, "checks": self.checks}
         data |= {"repeats": self.repeats, "replay": self.replay}
         data["request"] = asdict(self.request)
         times = [{"seconds": s} for s in self.seconds] or [{}] * len(self.items)
-        lines = [json.dumps(asdict(item) | time) for item, time in zip(self.items, times, strict=True)]
-        text = json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(text)
-        temporary.replace(path)  # whole or not there: a kill must not leave half a plan
+        lines = [json.dumps(vars(item) | time) for item, time in zip(self.items, times, strict=True)]
+        return json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def put(path: Path, text: str) -> None:
+    """Whole or not there: a kill must not leave half a plan."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def digest_of(items: object) -> str:

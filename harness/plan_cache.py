@@ -1,6 +1,6 @@
 """Rows of covering arrays, kept between runs: a three-way plan takes seconds a backend, and is a pure function.
 
-The key holds everything that decides the rows: the levels, what each limit allows of them, the strength, covertable's version.
+The key holds everything that decides the rows: the levels, what each limit allows of them, the strength, covering.RULE.
 A file is read back as a stranger's: checked against its key, its digest, the levels and the limits; else made anew.
 """
 
@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harness import covering
 from harness.errors import MoecheckError
 from harness.reading import parse_json, regular
 from harness.select import Axes, Cover, Rows, Table, cover
@@ -59,7 +59,7 @@ def cached(where: Path | None, tell: Tell, make: Cover = cover) -> Cover:
 
 def _key(axes: Axes, forbidding: Sequence[Table], strength: int) -> str:
     tables = [[table.axes, sorted(map(str, table.allowed))] for table in forbidding]
-    given = [SCHEMA, version("covertable"), strength, [[name, list(values)] for name, values in axes.items()], tables]
+    given = [SCHEMA, covering.RULE, strength, [[name, list(values)] for name, values in axes.items()], tables]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from harness import covering
@@ -53,15 +54,19 @@ class Grid:
     def tables(self) -> list[Table]:
         """The limits that forbid something here, in their order. An axis that a limit does not name keeps its one value or
         the base's, which the limit does not look at."""
-        fixed = {name: values[0] for name, values in self.axes.items() if len(values) == 1}
-        found = []
-        for limit in self.limits:
-            names = tuple(name for name in limit.axes if len(self.axes.get(name, ())) > 1)
-            keys = list(itertools.product(*(self.axes[name] for name in names)))
-            allowed = frozenset(k for k in keys if self.allows({**fixed, **dict(zip(names, k, strict=True))}, [limit]))
-            if len(allowed) < len(keys):
-                found.append(Table(names, allowed))
-        return found
+        named = ([(name, tuple(self.axes[name])) for name in limit.axes if name in self.axes] for limit in self.limits)
+        found = (_table(limit, tuple(axes), self.base) for limit, axes in zip(self.limits, named, strict=True))
+        return [table for table in found if table is not None]
+
+
+@lru_cache(maxsize=1 << 14)  # the limits of an op are asked for each of a hundred backends, of few sets of levels
+def _table(limit: Limit, axes: tuple[tuple[str, tuple[int | str, ...]], ...], base: Case) -> Table | None:
+    """What a limit allows of the levels of the axes that it looks at; None if that is everything."""
+    names = tuple(name for name, values in axes if len(values) > 1)
+    fixed = {name: values[0] for name, values in axes if len(values) == 1}
+    keys = list(itertools.product(*(values for _, values in axes if len(values) > 1)))
+    allowed = frozenset(k for k in keys if limit.refuses(base.vary(**fixed, **dict(zip(names, k, strict=True)))) is None)
+    return Table(names, allowed) if len(allowed) < len(keys) else None
 
 
 Rows = list[dict[str, Any]]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import journal, run_info
-from harness.errors import HistoryError, RunFolderError
+from harness.errors import HistoryError, MoecheckError, RunFolderError
 from harness.history.rows import COLUMNS, SCHEMA, Run, row
 from harness.reading import printable, regular
 from harness.run_info import RunInfo
@@ -30,6 +30,7 @@ from harness.verdict import Verdict
 
 NAME = "verdicts.parquet"
 EXTRA = "pip install 'moecheck[history]'"
+HINT = "give a folder, or a URL of fsspec whose package is installed and whose bucket, credentials and endpoint work here"
 PARTS = (run_info.NAME, journal.NAME, NAME)
 
 
@@ -56,29 +57,43 @@ class Entry:
 
 
 class Place:
-    """A folder or URL that fsspec knows."""
+    """A folder or URL that fsspec knows. What goes wrong there is a HistoryError."""
 
     def __init__(self, url: str) -> None:
-        try:
+        self.url = url
+        with self._told("opened"):
             from fsspec.core import url_to_fs
 
             self.fs, path = url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
-            raise HistoryError(
-                f"{url}: cannot be opened: {printable(str(error))[:300]}; give a folder, or a URL of fsspec"
-            ) from error
-        self.url, self.path = url, str(path).rstrip("/") or "/"
+        self.path = str(path).rstrip("/") or "/"
         protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
         self.local = protocol in ("file", "local")
         self._prefix = "" if self.local else f"{protocol}://"
 
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except MoecheckError:
+            raise
+        except Exception as error:  # every store's client has its own: botocore's are no OSError
+            said = printable(f"{type(error).__name__}: {error}")[:300]
+            raise HistoryError(f"{self.url}: cannot be {what}: {said}; {HINT}") from error
+
+    def check(self) -> None:
+        """HistoryError where the bucket is not there: some clients would make one, others call it empty."""
+        bucket, _, _ = self.path.partition("/")
+        with self._told("read"):
+            if bucket and not self.local and not self.fs.exists(bucket):
+                raise HistoryError(f"{self.url}: there is no bucket {bucket}, or it is not yours to see; {HINT}")
+
     def entries(self) -> list[Entry]:
         """The run folders in it, by name; itself, where it is one, under the name ""."""
-        try:
+        with self._told("read"):
             self.fs.invalidate_cache()
             found = self.fs.find(self.path, maxdepth=2, detail=True)
-        except (OSError, ValueError) as error:
-            raise HistoryError(f"{self.url}: cannot be read: {printable(str(error))[:300]}") from error
+        if not found:
+            self.check()
         folders: dict[str, dict[str, tuple[int, str]]] = {}
         for path, info in found.items():
             name, _, file = str(path)[len(self.path) :].lstrip("/").rpartition("/")
@@ -93,17 +108,21 @@ class Place:
 
     def has(self, *names: str) -> bool:
         """Is this file there?"""
-        return bool(self.fs.exists("/".join((self.path, *names))))
+        with self._told("read"):
+            return bool(self.fs.exists("/".join((self.path, *names))))
 
     def write(self, file: Path, *names: str) -> None:
         """Copy a file there, whole or not at all: a store puts whole objects, a disk renames."""
-        target = "/".join((self.path, *names))
+        with self._told("written"):
+            self._put(file, "/".join((self.path, *names)))
+
+    def _put(self, file: Path, target: str) -> None:
         if not self.local:
             self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(file), target)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(target).with_name(f".{names[-1]}.{uuid.uuid4().hex}")
+        temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex}")
         try:
             shutil.copyfile(file, temporary)
             temporary.replace(target)
@@ -119,7 +138,8 @@ class Place:
         with tempfile.TemporaryDirectory(prefix="moecheck-") as name:
             for file, (size, _) in entry.files.items():
                 if file != NAME and size <= journal.MAX_BYTES:
-                    self.fs.get_file("/".join(filter(None, (self.path, entry.name, file))), str(Path(name) / file))
+                    with self._told("read"):
+                        self.fs.get_file("/".join(filter(None, (self.path, entry.name, file))), str(Path(name) / file))
             yield Path(name)
 
 
@@ -151,12 +171,9 @@ def add(folder: Path, place: Place) -> Added:
             return Added(there[0].name, False, len(verdicts))
         target = f"{started[:19].replace('-', '').replace(':', '')}Z{ending}"
         write_parquet(module, copy / NAME, verdicts, _run(target, identity, started, dated, info))
-        try:
-            for part in PARTS:
-                if (copy / part).exists() and not place.has(target, part):
-                    place.write(copy / part, target, part)
-        except (OSError, ValueError) as error:
-            raise HistoryError(f"{place.url}: cannot be written: {printable(str(error))[:300]}") from error
+        for part in PARTS:
+            if (copy / part).exists() and not place.has(target, part):
+                place.write(copy / part, target, part)
         return Added(target, True, len(verdicts))
 
 

@@ -44,6 +44,7 @@ CORE = (
     "oracle",
     "places",
     "pooled",
+    "propagation",
     "ratio",
     "regress",
     "relations",
@@ -83,6 +84,7 @@ PACKING = {"harness.backends.base", "harness.case", "harness.entry", "harness.er
 FORBIDDEN_TO_BACKENDS = {"reference.moe", "reference.experts", "reference.routing", "reference.bounds", "reference.dispatch"}
 ENVIRONMENT_READERS = {
     "harness/device.py",
+    "harness/plan_files.py",
     "harness/worker/child.py",
     "harness/backends/triton_moe.py",
     "harness/bundle/facts.py",

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import pytest
 
-from harness import durations, journal, plan, run_info
+from harness import config, durations, journal, plan, run_info
 from harness.plan import Plan, Request
 from harness.select import Item
 from harness.session import begin
@@ -231,6 +231,25 @@ def test_a_plan_for_a_machine_that_is_not_here(moecheck: Call, tmp_path: Path) -
     assert made.request.platform == "sm90"
     assert len(made.seconds) == len(made.items)
     assert made.digest in answer.out
+
+
+def test_the_plans_of_all_platforms(moecheck: Call, tmp_path: Path) -> None:
+    """A platform without a case is said, and none at all is an error."""
+    folder = tmp_path / "plans"
+    select = ("--platform", "all", "-o", str(folder), "-b", "torch_compile")
+    answer = moecheck("plan", *select)
+    assert answer.code == 0
+    made = {path.stem: plan.load(path) for path in folder.iterdir()}
+    assert set(made) == set(config.names("platforms"))
+    assert all(name == one.request.platform and one.digest in answer.out for name, one in made.items())
+    few = moecheck("plan", "--platform", "all", "-o", str(tmp_path / "few"), "-b", "vllm_marlin_int4")
+    assert few.code == 0
+    assert 0 < len(list((tmp_path / "few").iterdir())) < len(made)
+    assert "nothing to run" in few.err
+    none = moecheck("plan", *select, "-c", "moe.fp5*")
+    assert (none.code, "on no platform" in none.err) == (3, True)
+    file = moecheck("plan", "--platform", "all", "-o", str(folder / "cpu.json"))
+    assert (file.code, "give a folder" in file.err) == (3, True)
 
 
 def test_a_plan_is_balanced_from_a_history(moecheck: Call, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Kept plans' files: the same text without the work, and nothing that another program, request or machine would plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import plan_files
+from harness.plan import Request
+from harness.plan_files import READ, SOURCES, Text, kept
+
+REQUEST = Request("cpu", "smoke")
+
+
+class Counted:
+    """Makes a text, counting its calls."""
+
+    def __init__(self) -> None:
+        self.calls, self.told = 0, list[str]()
+
+    def __call__(self) -> Text:
+        self.calls += 1
+        return Text('{"items": []}\n', ("one 1", "what"))
+
+    def get(self, where: Path | None, request: Request = REQUEST) -> Text:
+        return kept(where, request, self, self.told.append)
+
+
+def test_the_second_time_nothing_is_planned(tmp_path: Path) -> None:
+    made = Counted()
+    assert made.get(tmp_path) == made.get(tmp_path) == made()
+    assert (made.calls, made.told) == (2, [])
+
+
+def test_another_request_or_program_is_planned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counted()
+    for request in (REQUEST, replace(REQUEST, ops=("moe",)), replace(REQUEST, tier="ci")):
+        made.get(tmp_path, request)
+    assert made.calls == len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(plan_files, "_program", lambda: "other sources")
+    made.get(tmp_path)
+    assert (made.calls, len(list(tmp_path.iterdir()))) == (4, 3)  # the older program's file of the request is gone
+
+
+def test_the_program_is_its_files_its_libraries_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for change in (
+        lambda: None,
+        lambda: monkeypatch.setenv("TRITON_INTERPRET", "1"),
+        lambda: monkeypatch.syspath_prepend(tmp_path),
+        lambda: monkeypatch.setattr(plan_files, "SOURCES", tmp_path),
+    ):
+        (tmp_path / "torch-9.9.dist-info").mkdir(exist_ok=True)
+        change()
+        found.append(plan_files._program.__wrapped__())
+    assert len(set(found)) == 4
+
+
+def test_backends_read_no_other_environment() -> None:
+    texts = [path.read_text() for path in (SOURCES / "harness" / "backends").glob("*.py")]
+    names = [name for text in texts for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)", text)]
+    assert names
+    assert all(name.startswith(READ) for name in names)
+    assert sum(text.count("environ") for text in texts) == len(names)
+
+
+def test_what_comes_from_elsewhere_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counted()
+    made.get(tmp_path, replace(REQUEST, plugins=("mine.py",)))
+    made.get(None)
+    monkeypatch.setattr(plan_files, "entry_points", lambda group: ["theirs"])
+    made.get(tmp_path)
+    assert made.calls == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", b'{"digest": "0", "lines": []}\n{}', b"[]\n"])
+def test_a_spoilt_file_is_made_anew_with_a_note(tmp_path: Path, data: bytes) -> None:
+    made = Counted()
+    wanted = made.get(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(data)
+    assert made.get(tmp_path) == wanted
+    assert "planned anew" in made.told[0]
+    assert made.get(tmp_path) == wanted
+    assert made.calls == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_the_time_only(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    made = Counted()
+    assert made.get(tmp_path / "taken") == made()
+    assert "not kept" in made.told[0]
