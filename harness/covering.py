@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from harness.propagation import Propagation
 
 Numbers = NDArray[Any]
-RULE = "3.2.0"  # the release of covertable whose rows these are; another one when they change
+RULE = "3.2.0, then sure"  # the release of covertable whose rows these are; another one when they change
 FIRST = 256  # candidates looked at before all are: the first that covers enough is mostly among them
 SAMPLES = 1 << 13  # random rows: a combination that a valid one has needs no propagation to be possible
 CONFLICT = 16  # of a level that the row contradicts: more than any strength
@@ -71,7 +71,8 @@ class Covering:
     """Rows over axes of `sizes` levels. Levels are numbered through: `first` is the number of an axis's first one.
 
     order: the combinations of `strength` levels that are possible, in covertable's order; open [n]: the numbers of those that
-    no row has yet; pairs [strength, n]: their levels; wanted: 1 at each of them, whatever the order of its levels.
+    no row has yet; pairs [strength, n]: their levels; wanted: 1 at each of them, whatever the order of its levels. sure: takes
+    only what a search can complete.
     """
 
     def __init__(self, sizes: Sequence[int], strength: int, tables: Sequence[tuple[tuple[int, ...], Numbers]]) -> None:
@@ -81,6 +82,7 @@ class Covering:
         self._propagation = Propagation(sizes, tables)
         self._subsets = np.array(list(combinations(range(len(sizes)), strength))).T
         self._row: list[int | None] = [None] * len(sizes)
+        self.sure = False
         pairs = self._all()
         self._pairs = pairs[:, self._possible(pairs)] if tables else pairs
         self._order = self._pairs.T.tolist()
@@ -89,19 +91,20 @@ class Covering:
         _mark(self._wanted, self._pairs, 1)
 
     def rows(self) -> Iterator[list[int]]:
-        """Greedy ones until one cannot be completed, then one for each combination that is open: covertable's rescue."""
+        """Greedy ones. Where one cannot be completed, which propagation alone does not foresee, covertable makes a row for each
+        combination that is open, thousands on the largest grids of ours; here `sure` rows go on."""
         while len(self._open):
             self._row = [None] * len(self._sizes)
-            self._grow()
-            row = self._propagation.completed(self._row)
-            if row is None:
-                break
-            self._consume(row)
-            yield row
-        for number in self._open.tolist():
-            self._row = [None] * len(self._sizes)
-            if self._take(self._order[number]) and (row := self._propagation.completed(self._row)) is not None:
-                yield row
+            if self._take(self._order[self._open[0]]):
+                self._grow()
+                row = self._propagation.completed(self._row)
+                if row is not None:
+                    self._consume(row)
+                    yield row
+                    continue
+            if self.sure:  # no row has this combination
+                self._open, self._pairs = self._open[1:], self._pairs[:, 1:]
+            self.sure = True
 
     def _all(self) -> Numbers:
         """[strength, n], in covertable's order."""
@@ -133,8 +136,7 @@ class Covering:
         return serials
 
     def _grow(self) -> None:
-        """Take combinations into the row until none fits; into an empty row the first."""
-        self._take(self._order[self._open[0]])
+        """Take combinations into the row until none fits."""
         gains, live, pairs = Gains(self._wanted), self._open, self._pairs
         refused = np.zeros(len(self._order), dtype=bool)
         while None in self._row:
@@ -172,7 +174,9 @@ class Covering:
             if row[axis] is None:
                 row[axis] = level
                 new.append(axis)
-        return row if self._propagation.allows(row, new) and self._propagation.possible(row) else None
+        if not self._propagation.allows(row, new) or not self._propagation.possible(row):
+            return None
+        return row if not self.sure or self._propagation.completed(row) is not None else None
 
     def _consume(self, row: list[int]) -> None:
         """Cross off what a finished row covers."""
@@ -216,8 +220,9 @@ def _hashed(before: Numbers, byte: Any) -> Numbers:
 def rows(
     axes: Mapping[str, Sequence[Any]], strength: int, tables: Sequence[tuple[tuple[str, ...], Any]]
 ) -> list[dict[str, Any]]:
-    """What covertable.make(axes, strength, constraints) gives for axes of two values and more and constraints that are (axes,
-    allowed combinations of their values): every combination of `strength` values that is possible is in a row."""
+    """Every combination of `strength` values that is possible is in a row, of axes of two values and more: what
+    covertable.make(axes, strength, constraints) gives as long as its rows can be completed. tables: (axes, allowed
+    combinations of their values)."""
     names, values = list(axes), list(axes.values())
     numbers = [{value: number for number, value in enumerate(some)} for some in values]
     flags = []

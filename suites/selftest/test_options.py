@@ -275,7 +275,9 @@ def test_whole_adapters_pass_with_every_relation(subject: str, text: str) -> Non
 FP4 = "flashinfer.fused_moe.trtllm_fp4_block_scale_moe"
 
 
-@pytest.mark.parametrize(("bias", "number"), [("gemm1_bias", "output1_scale_gate_scalar"), ("gemm2_bias", "output2_scale_scalar")])
+@pytest.mark.parametrize(
+    ("bias", "number"), [("gemm1_bias", "output1_scale_gate_scalar"), ("gemm2_bias", "output2_scale_scalar")]
+)
 def test_biases_of_nvfp4_are_in_units_of_accumulators(bias: str, number: str) -> None:
     """They are added before the three numbers dequantise; in units of values they are seen to be wrong."""
 
