@@ -15,12 +15,35 @@ from rich.table import Table
 
 from harness import config
 from harness.backends import discover
+from harness.cli_options import ERR, OUT, Backends, Cases, Ops, Platform, Plugins, TierName
+from harness.cli_run import plan_of, request_of
+from harness.errors import MoecheckError
 from harness.matrix import Cell, Way, matrix
 from harness.plan import Plan
+from harness.session import detected_platform
 
 SCHEMA = 1
 AsJson = Annotated[bool, typer.Option("--json", help="The matrix as JSON.")]
 AsCases = Annotated[bool, typer.Option("--cases", help="The plan, case by case; also with --tier, --backend, --op or --case.")]
+
+
+def command(  # noqa: PLR0913 - typer turns parameters into options
+    platform: Platform = None,
+    tier: TierName = None,
+    backend: Backends = None,
+    op: Ops = None,
+    case: Cases = None,
+    plugin: Plugins = None,
+    as_cases: AsCases = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what runs where on a platform, or the plan: subject and case id, one per line."""
+    if as_cases or any((tier, backend, op, case)):
+        if as_json:
+            raise MoecheckError("--json is of the matrix; the plan is lines already, and plan.json in each run folder")
+        cases(plan_of(request_of(platform, tier, backend, op, case, plugin), here=False), OUT, ERR)
+    else:
+        show(platform or detected_platform(), plugin or [], as_json, OUT)
 
 
 def cases(plan: Plan, out: Console, err: Console) -> None:

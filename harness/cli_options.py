@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""What several commands share: options, and where they speak. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+OUT = Console(soft_wrap=True, highlight=False)
+ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def absolute(paths: list[str] | None) -> list[str]:
@@ -35,3 +39,8 @@ Executor = Annotated[str | None, typer.Option(callback=executor, help="local, or
 Wheelhouse = Annotated[Path | None, typer.Option(help="Folder of wheels: nothing is fetched from an index.")]
 Index = Annotated[str, typer.Option(help="Package index.", envvar="UV_DEFAULT_INDEX")]
 Allow = Annotated[list[str] | None, typer.Option(help="torch or triton: an overlay may replace it; repeatable.")]
+
+
+def note(text: str) -> None:
+    """A remark, on stderr."""
+    ERR.print(f"moecheck: {text}", style="yellow", markup=False)

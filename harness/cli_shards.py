@@ -1,4 +1,4 @@
-"""moecheck plan and merge, and which folder a shard runs in: a plan is made once, its shards run anywhere, and are joined."""
+"""moecheck merge, what a plan's file says, and which folder a shard runs in: shards of a plan run anywhere, and are joined."""
 
 from __future__ import annotations
 
@@ -11,32 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harness import durations, journal, merge, plan, run_info
-from harness.errors import RunFolderError
+from harness import durations, merge, plan, run_info
+from harness.errors import Incomplete, RunFolderError
 from harness.plan import Plan
 from harness.plan_files import Text
-from harness.run import Incomplete
 from harness.session import begin, new_folder, shard_of
 from harness.shard import Shard, costs
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="The plan's file; a folder for --platform all.")]
-Durations = Annotated[
-    list[Path] | None, typer.Option(help="A run, or a folder of runs, whose recorded times balance the shards; repeatable.")
-]
 BEGUN = {run_info.NAME, f".{run_info.NAME}", f".{plan.NAME}"}  # what a kill leaves of a run that has not yet its plan
-
-
-ALL = "all"  # every platform
-
-
-def target(platform: str, output: Path, every: bool) -> Path:
-    """The file of a platform's plan: -o itself, or in it, where all platforms are planned. RunFolderError if it cannot be."""
-    if every and output.exists() and not output.is_dir():
-        raise RunFolderError(f"-o {output}: a file; --platform {ALL} writes one file for each platform: give a folder")
-    path = output / f"{platform}.json" if every else output
-    if (path.parent / journal.NAME).exists():
-        raise RunFolderError(f"-o {output}: {path.parent} is a run, whose plan stays as it is; choose another folder")
-    return path
 
 
 def written(the_plan: Plan, places: list[Path]) -> Text:
@@ -49,18 +31,6 @@ def written(the_plan: Plan, places: list[Path]) -> Text:
     how_long = f"about {sum(seconds):.0f} s ({measured} as recorded, the others estimated)"
     lines = ", ".join(f"{name} {number}" for name, number in counts.items()), f"{what}, {how_long}, digest {the_plan.digest}"
     return Text(replace(the_plan, seconds=seconds).text(), lines)
-
-
-def save(made: Text, path: Path, out: Console) -> None:
-    """Write the file and say what it is."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plan.put(path, made.content)
-    except OSError as error:
-        raise RunFolderError(f"-o {path}: cannot be written: {error.strerror}; choose another file") from error
-    *counts, what = made.lines
-    for line in (*counts, f"{what}; {path}"):
-        out.print(line, markup=False)
 
 
 def folder_of(the_plan: Plan, shard: Shard | None, out_dir: Path | None, resume: Path | None) -> Path:

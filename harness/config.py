@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from harness import paths
 from harness.case import ACTIVATION_FORMATS, AXES, BIASES, FILLS, MAX_ELEMENTS, OPS, SKEWS, WEIGHTINGS
 from harness.errors import ConfigError, UnknownName
 from harness.hardware import Contract, Hazard, Integers, Range, RecipeText, ScaleShape, Source, Sourced, Widths
@@ -22,7 +23,7 @@ from harness.verdict import Status
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
 
-ROOT = Path(__file__).resolve().parent.parent / "configs"
+ROOT, names = paths.CONFIGS, paths.names
 MAX_BYTES = 1 << 20  # of a YAML file: the largest here has 8 KiB
 # an issue or a change at GitHub, GitLab, Gitea; Bugzilla; Jira
 THREAD = re.compile(
@@ -335,11 +336,6 @@ def _line(node: Any, location: tuple[int | str, ...]) -> int | None:
         else:
             break
     return None if node is None else node.start_mark.line + 1
-
-
-def names(kind: str, root: Path = ROOT) -> list[str]:
-    """The platforms or tiers there are."""
-    return sorted(path.stem for path in (root / kind).glob("*.yaml"))
 
 
 def _named(kind: str, name: str, model: type[Model], root: Path) -> Model:

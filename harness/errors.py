@@ -13,12 +13,22 @@ MoecheckError                 exit code 3; the message says what was given, what
 |-- TimingError               nothing to time, or a timing that cannot be made or read
 |-- WarmError                 a library's JIT module that cannot be built here: compiler, header, disk, memory
 `-- BundleError               a repro bundle that is damaged, too large, or none; or a folder that cannot take one
+
+Incomplete, exit code 2, and WorkerBug, exit code 3, are no MoecheckErrors: nothing was wrong with what was asked.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class WorkerBug(Exception):
+    """moecheck itself failed in the child; the text is its traceback."""
+
+
+class Incomplete(Exception):
+    """Some planned cases have no verdict; the message says how to go on."""
 
 
 class MoecheckError(Exception):

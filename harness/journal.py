@@ -9,13 +9,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from harness import paths
 from harness.case import Case
 from harness.errors import MoecheckError, RunFolderError
 from harness.reading import parse_json, printable, regular
 from harness.select import Item
 from harness.verdict import Verdict
 
-NAME = "journal.jsonl"
+NAME = paths.JOURNAL
 MAX_LINE = 2 << 20  # bytes: twice what the worker may answer
 MAX_BYTES = 1 << 30  # a verdict is a few KiB: some hundred thousand of them
 HINT = "--resume drops only a last line without its end; delete this line and its case is judged again"

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from harness import config
+from harness import config, paths
 from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
@@ -73,7 +73,7 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the plan's file."""
-        put(path, self.text())
+        paths.put(path, self.text())
 
     def text(self) -> str:
         """The plan's file: JSON, an item a line."""
@@ -83,13 +83,6 @@ class Plan:
         times = [{"seconds": s} for s in self.seconds] or [{}] * len(self.items)
         lines = [json.dumps(vars(item) | time) for item, time in zip(self.items, times, strict=True)]
         return json.dumps(data, indent=1)[:-2] + ',\n "items": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-
-
-def put(path: Path, text: str) -> None:
-    """Whole or not there: a kill must not leave half a plan."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def digest_of(items: object) -> str:

@@ -23,16 +23,6 @@ MAX_BYTES = 1 << 24  # a row is 40 bytes: some hundred thousand of them
 Tell = Callable[[str], object]
 
 
-def folder() -> Path | None:
-    """Where this user's caches belong; None where nobody can say."""
-    try:
-        from platformdirs import user_cache_path
-
-        return user_cache_path("moecheck") / "plans"
-    except (ImportError, RuntimeError):  # not installed on a GPU machine; no home
-        return None
-
-
 def cached(where: Path | None, tell: Tell, make: Cover = cover) -> Cover:
     """`make`, its results kept in the folder `where`; None: nothing is kept. tell: gets a sentence about a file that is not
     what it should be, or a folder that cannot be written; the plan is the same either way."""

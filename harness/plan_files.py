@@ -10,20 +10,20 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from harness import config
-from harness.backends import GROUP
-from harness.plan import MAX_BYTES, Request
+from harness import paths
 from harness.reading import parse_json, regular
 
 READ = ("CUDA", "MOECHECK", "TORCH", "TRITON")  # what the names of such variables begin with
 METADATA = (".dist-info", ".egg-info")  # of a distribution: its folder, named after it and its version
 SOURCES = Path(__file__).parents[1]
+MAX_BYTES = 1 << 28  # as plan.py reads; its own
 Tell = Callable[[str], object]
 
 
@@ -35,12 +35,13 @@ class Text:
     lines: tuple[str, ...]
 
 
-def kept(where: Path | None, request: Request, make: Callable[[], Text], tell: Tell) -> Text:
-    """`make`'s result, from the folder `where` if it was made there before. Backends that come from elsewhere, by --plugin or
-    an entry point, are not in the key: nothing is kept. tell: gets a sentence about a file that cannot be used or written."""
-    if where is None or request.plugins or entry_points(group=GROUP):
+def kept(where: Path | None, asked: Mapping[str, Any], make: Callable[[], Text], tell: Tell) -> Text:
+    """`make`'s result for what is `asked`, plain data with `plugins` in it, from the folder `where` if it was made there
+    before. Backends that come from elsewhere, by --plugin or an entry point, are not in the key: nothing is kept. tell: gets a
+    sentence about a file that cannot be used or written."""
+    if where is None or asked["plugins"] or entry_points(group=paths.GROUP):
         return make()
-    mine = _sha(json.dumps(asdict(request)).encode())
+    mine = _sha(json.dumps(asked).encode())
     path = where / f"plan-{mine}-{_sha(_program().encode())}.json"
     try:
         if path.exists():
@@ -78,7 +79,9 @@ def _write(path: Path, made: Text) -> None:
 def _program() -> str:
     """What the plan of a request may hang on."""
     folders = [SOURCES / name for name in ("harness", "reference")]
-    files = sorted(path for folder in (*folders, config.ROOT) for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
+    files = sorted(
+        path for folder in (*folders, paths.CONFIGS) for path in folder.rglob("*") if path.suffix in (".py", ".yaml")
+    )
     read = [[str(path), _sha(path.read_bytes())] for path in files]
     installed = sorted({name for place in sys.path for name in _names(Path(place)) if name.endswith(METADATA)})
     variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(READ))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import distributed, plan, plan_cache
+from harness import distributed, paths, plan, plan_cache
 from harness.backends import discover
 from harness.errors import MoecheckError
 from harness.known import Outcome, outcome
@@ -72,7 +72,7 @@ def _make_session(config: pytest.Config) -> Session:
         soak=option("--soak"),
     )
     _take_device(config, given, request.platform)
-    rows = plan_cache.cached(plan_cache.folder(), lambda text: _say(config, text))
+    rows = plan_cache.cached(paths.plans(), lambda text: _say(config, text))
     made = plan.make(request, discover(request.plugins), device_of(request.platform), rows=rows)
     return Session(made, None)
 

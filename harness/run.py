@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from harness import journal, pooled, run_info, sanitized
 from harness.backends import discover
 from harness.case import Case
-from harness.errors import MoecheckError, PluginError
+from harness.errors import Incomplete, MoecheckError, PluginError
 from harness.executed import Reach, Ways, ran
 from harness.known import Outcome, outcome
 from harness.plan import Plan, Request
@@ -32,10 +32,6 @@ SUITES = Path(__file__).resolve().parent.parent / "suites"
 SHOWN_FAILURES = 20
 NIGHTLY = "nightly"  # the tier that is there to judge everything
 STRENGTHS = (2, 3)  # pairs and triples: what the tiers promise
-
-
-class Incomplete(Exception):
-    """Some planned cases have no verdict; the message says how to go on."""
 
 
 class _Watcher:

@@ -12,13 +12,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from harness import paths
 from harness.backends.base import Backend, always
 from harness.case import AXES, BIASES, OPS, WEIGHTINGS, Recipe
 from harness.errors import MoecheckError, PluginError, UnknownName
 from reference.activation import ACTIVATIONS
 from reference.routing import RULES
-
-GROUP = "moecheck.backends"
 
 
 def discover(plugins: Iterable[str] = ()) -> dict[str, Backend]:
@@ -60,7 +59,7 @@ def _modules(plugins: Iterable[str]) -> Iterable[tuple[str, ModuleType]]:
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         if info.name != "base" and not info.name.startswith("_"):
             yield info.name, importlib.import_module(f"{__name__}.{info.name}")
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=paths.GROUP):
         yield f"entry point {entry.name}", _guarded(f"entry point {entry.name}", entry.load)
     for path in plugins:
         yield path, load_file(path)

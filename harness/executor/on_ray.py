@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness import __version__, config
-from harness.errors import MoecheckError
+from harness.errors import MoecheckError, WorkerBug
 from harness.executor.board import Board
 from harness.plan import Plan
 from harness.select import Item
 from harness.shard import costs
 from harness.verdict import Verdict
-from harness.worker.supervisor import WorkerBug
 
 DEPTH = 2  # items that an actor has: while one verdict is on its way home, the next is judged
 STARTS = 3  # actors in a row that may die before their first verdict

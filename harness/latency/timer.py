@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.backends.base import Device
 from harness.case import Case
-from harness.errors import MoecheckError, TimingError
+from harness.errors import MoecheckError, TimingError, WorkerBug
 from harness.latency.clocks import Clock
 from harness.verdict import Stage, Verdict
 from harness.worker import death
@@ -19,7 +19,6 @@ from harness.worker.child import Setup
 from harness.worker.death import Death
 from harness.worker.process import start
 from harness.worker.protocol import Message
-from harness.worker.supervisor import WorkerBug
 
 _COUNT = itertools.count()
 

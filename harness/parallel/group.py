@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from harness.errors import MoecheckError
+from harness.errors import MoecheckError, WorkerBug
 from harness.parallel.blame import Answer
 from harness.parallel.rank import RankSetup, main
 from harness.worker import coredump, vitals
 from harness.worker.process import Child, start
 from harness.worker.protocol import CorruptedReply, Message
-from harness.worker.supervisor import LEAVE_S, WorkerBug
+from harness.worker.supervisor import LEAVE_S
 
 SETTLE_S = 0.5  # after the first bad news: a dead rank's neighbours may be heard first
 START_LIMIT_S = 180.0  # a cold fork server imports torch (3..6 s, more on a loaded machine), then the ranks meet

@@ -16,6 +16,7 @@ from pathlib import Path
 from harness import errors
 from harness.backends.base import Device, Support
 from harness.case import Case
+from harness.errors import WorkerBug
 from harness.select import Item
 from harness.verdict import Finding, Stage, Verdict
 from harness.worker import coredump, death, replay, vitals
@@ -33,10 +34,6 @@ STARTS = 3  # children that may die before their first case
 # cases a child may judge: a replacement (0.1 s on a CPU, 0.24 s on an H200, with its imports 1..5 s) stays a few percent of
 # 100 cases, and a death that depends on what ran before has at most 100 suspects. The lane `soak` has no such limit.
 RECYCLE = 100
-
-
-class WorkerBug(Exception):
-    """moecheck itself failed in the child; the text is its traceback."""
 
 
 class Supervisor:

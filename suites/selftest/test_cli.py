@@ -9,7 +9,7 @@ from typing import Protocol
 
 import pytest
 
-from harness import cli, config, plan
+from harness import cli, cli_run, config, plan
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
@@ -184,13 +184,29 @@ def test_the_name_of_the_out_folder_is_not_markup(moecheck: Call, tmp_path: Path
     assert str(folder) in answer.out
 
 
+def test_help_names_every_command_and_what_it_does(moecheck: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = moecheck("--help")
+    assert answer.code == 0
+    for name in cli.COMMANDS:
+        line = next(line for line in answer.out.splitlines() if f"│ {name} " in line)
+        assert len(line.replace("│", "").split()) > 3, line
+    assert moecheck("pipeline", "--help").code == moecheck("run", "--help").code == 0
+
+
+def test_a_command_that_is_none_is_told(moecheck: Call) -> None:
+    answer = moecheck("runn")
+    assert answer.code == 3
+    assert "No such command 'runn'" in answer.err
+
+
 def test_a_fault_of_ours_is_3_and_shows_its_traceback(moecheck: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own exit code for an uncaught exception is 1: a kernel failed."""
 
     def boom(*_: object) -> None:
         raise RuntimeError("our own bug")
 
-    monkeypatch.setattr(cli, "discover", boom)
+    monkeypatch.setattr(cli_run, "discover", boom)
     answer = moecheck("list", "--cases")
     assert answer.code == 3
     assert "our own bug" in answer.err

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import config, journal, plan, plan_cache
+from harness import config, journal, paths, plan, plan_cache
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
@@ -182,7 +182,7 @@ def test_the_example_is_true_of_the_cpu_platform(tmp_path: Path) -> None:
 def test_the_tier_smoke_asks_for_every_cell_of_the_example() -> None:
     """As the example's reasons say: a CPU runner that runs it is green."""
     backends = discover(())
-    rows = plan_cache.cached(plan_cache.folder(), print)
+    rows = plan_cache.cached(paths.plans(), print)
     request = plan.Request("cpu", "smoke")
     cases = [(i.subject, Case.parse(i.case_id)) for i in plan.make(request, backends, CPU, rows=rows).items]
     planned = {(subject, str(case.recipe), case.activation_format, "cpu") for subject, case in cases}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import plan_files
-from harness.plan import Request
 from harness.plan_files import READ, SOURCES, Text, kept
 
-REQUEST = Request("cpu", "smoke")
+ASKED: dict[str, Any] = {"platform": "cpu", "tier": "smoke", "backends": [], "ops": [], "cases": [], "plugins": []}
 
 
 class Counted:
@@ -25,8 +27,8 @@ class Counted:
         self.calls += 1
         return Text('{"items": []}\n', ("one 1", "what"))
 
-    def get(self, where: Path | None, request: Request = REQUEST) -> Text:
-        return kept(where, request, self, self.told.append)
+    def get(self, where: Path | None, asked: dict[str, Any] = ASKED) -> Text:
+        return kept(where, asked, self, self.told.append)
 
 
 def test_the_second_time_nothing_is_planned(tmp_path: Path) -> None:
@@ -37,8 +39,8 @@ def test_the_second_time_nothing_is_planned(tmp_path: Path) -> None:
 
 def test_another_request_or_program_is_planned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Counted()
-    for request in (REQUEST, replace(REQUEST, ops=("moe",)), replace(REQUEST, tier="ci")):
-        made.get(tmp_path, request)
+    for asked in (ASKED, {**ASKED, "ops": ["moe"]}, {**ASKED, "tier": "ci"}):
+        made.get(tmp_path, asked)
     assert made.calls == len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(plan_files, "_program", lambda: "other sources")
     made.get(tmp_path)
@@ -69,7 +71,7 @@ def test_backends_read_no_other_environment() -> None:
 
 def test_what_comes_from_elsewhere_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Counted()
-    made.get(tmp_path, replace(REQUEST, plugins=("mine.py",)))
+    made.get(tmp_path, {**ASKED, "plugins": ["mine.py"]})
     made.get(None)
     monkeypatch.setattr(plan_files, "entry_points", lambda group: ["theirs"])
     made.get(tmp_path)
@@ -94,3 +96,24 @@ def test_a_folder_that_cannot_be_written_costs_the_time_only(tmp_path: Path) -> 
     made = Counted()
     assert made.get(tmp_path / "taken") == made()
     assert "not kept" in made.told[0]
+
+
+def test_a_kept_plan_is_there_before_torch(tmp_path: Path) -> None:
+    """Its import takes four times as long as the rest."""
+    program = (
+        "import sys; from harness import cli; sys.argv[1:] = {}; cli.sys.exit = print\n"
+        "cli.main(); print('torch' in sys.modules)"
+    )
+    asked = ["plan", "--platform", "cpu", "-b", "torch_route", "-o", str(tmp_path / "plan.json")]
+    told = []
+    for _ in range(2):
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(asked)], env=env, capture_output=True, text=True, check=True
+        )
+        *lines, code, torch = done.stdout.splitlines()
+        told.append((lines, (tmp_path / "plan.json").read_text()))
+        assert code == "0"
+    assert torch == "False"
+    assert told[0] == told[1]
+    assert "torch_route" in told[0][0][0]
