@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,7 +289,9 @@ def test_a_target_that_left_the_tools_group_is_killed_with_it(tmp_path: Path, mo
     pretend(tmp_path, monkeypatch, f"setsid sleep 30 & echo $! > {pid}; wait")
     with pytest.raises(SanitizerError, match="raise --limit"):
         judge(order(tmp_path), "memcheck", 1)
-    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    state, deadline = Path(f"/proc/{pid.read_text().strip()}/stat"), time.monotonic() + 5
+    while state.is_file() and ") Z " not in state.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)  # the signal is on its way
     assert not state.is_file() or ") Z " in state.read_text()
 
 

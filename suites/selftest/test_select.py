@@ -10,11 +10,12 @@ from harness.backends.base import Device
 from harness.case import LIMITS, Case, Limit
 from harness.errors import CaseError, SelectionError, UnknownName
 from harness.executed import Reach
+from harness.paths import plans
 from harness.plan import Request, device_named, platform_axes
-from harness.plan_cache import cached, folder
+from harness.plan_cache import cached
 from harness.select import TEMPLATE, Grid, cover, plan_backend
 
-KEPT = cached(folder(), print)
+KEPT = cached(plans(), print)
 AXES: dict[str, list[int | str]] = {
     "tokens": [0, 1, 17],
     "experts": [1, 4, 16],
