@@ -163,15 +163,16 @@ class ExactLayer:
         rows[..., -1] = self._probe(streams.child("probe"))
         return self._pack("down", experts, rows, 1.0)
 
-    def bias(self, name: str, expert: int) -> Tensor:
-        """float32 [inter] of "gate" (0 or SATURATED) and "up" (0, 1, -1), [hidden] of "down" in GEMM 2's units of SATURATED."""
+    def biases(self, name: str, experts: Sequence[int]) -> Tensor:
+        """float32 [experts, inter] of "gate" (0 or SATURATED) and "up" (0, 1, -1), [experts, hidden] of "down" in GEMM 2's
+        units of SATURATED."""
         if name == "down":
-            classes = self.stream(f"down_bias.{expert}").fields(self.case.shape.hidden, 1, 16)[:, 0] % BIASED
+            classes = self.streams("down_bias", experts).fields(self.case.shape.hidden, 1, 16)[..., 0] % BIASED
             return SATURATED * ((classes == 0).float() - (classes == 1).float())
-        biased = self._biased(name, (expert,))[0].float()
+        biased = self._biased(name, experts).float()
         if name == "gate":
             return SATURATED * biased
-        sign = self.stream(f"up_bias.{expert}").fields(len(biased), 1, 16)[:, 0] & 1
+        sign = self.streams("up_bias", experts).fields(self.case.shape.inter, 1, 16)[..., 0] & 1
         return biased * (1 - 2 * sign)
 
     def _biased(self, name: str, experts: Sequence[int]) -> Tensor:
@@ -217,6 +218,5 @@ class ExactLayer:
         turns = [fills.turn(e, self.case.shape.experts) for e in experts]
         if name == "down" and self.gated:  # the turns of gate, up and down must not add up to the same for all experts
             turns = [-turn for turn in turns]
-        own = [self.stream(f"{name}.{e}") for e in experts]
-        scales = [fills.Scales(stream, self.stream(name), turn) for stream, turn in zip(own, turns, strict=True)]
+        scales = fills.Scales(self.streams(name, experts), self.stream(name), tuple(turns))
         return fills.pack_all(get(self.case.recipe.weights), integers, unit, scales)

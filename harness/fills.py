@@ -6,8 +6,7 @@ Nothing here names a format: a fill reads the element grid and the scaling of wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -27,12 +26,12 @@ SCALE_STEPS = 256  # real block scales are base * 2**{-1, 0} * (1 + j / 256), ex
 
 @dataclass(frozen=True)
 class Scales:
-    """Where the block scales of one matrix of one expert come from: `own` is its stream, `shared` that of all experts, and
-    `turn` (0..2) differs from the next expert's."""
+    """Where the block scales of one matrix of some experts come from: `own` are their streams, `shared` that of all experts,
+    and `turns` (0..2) differ from the next expert's."""
 
-    own: Stream
+    own: Streams
     shared: Stream
-    turn: int
+    turns: tuple[int, ...]
 
 
 def window(element: ElementType | IntegerType, field: Tensor) -> Tensor:
@@ -63,36 +62,41 @@ def real(fmt: Format, shape: tuple[int, int], stream: Stream, rms: float, common
     """A dense random matrix [rows, columns] of root mean square about `rms`, drawn as codes and scales. `common`: the stream
     of a matrix with which it shares the odd part of the factor of a `static` format: the two differ by a power of two, so a
     library with one factor for both can be handed the other as a shift of its scales or codes."""
-    return real_all(fmt, shape, [stream], rms, [common or stream])[0]
+    own, other = (Streams(s.seed, (s.name,), s.device) for s in (stream, common or stream))
+    return real_all(fmt, shape, own, rms, other)[0]
 
 
-def real_all(
-    fmt: Format, shape: tuple[int, int], streams: Sequence[Stream], rms: float, common: Sequence[Stream]
-) -> list[Quantized]:
-    """`real` of several streams of one seed and device."""
+def real_all(fmt: Format, shape: tuple[int, int], own: Streams, rms: float, common: Streams) -> list[Quantized]:
+    """`real` of several streams."""
     element = fmt.element
     assert isinstance(element, ElementType | IntegerType)
-    together = Streams(streams[0].seed, tuple(s.name for s in streams), streams[0].device)
-    codes = window(element, together.child("codes").raw(*shape, element.bits))
+    codes = window(element, own.child("codes").raw(*shape, element.bits))
     base = rms / window_rms(element)
-    if fmt.scaling is not None and fmt.scaling.zero_points:
-        base /= math.sqrt(2)  # code minus zero point: a difference of two such draws
     if fmt.torch_dtype is not None:  # the bits of a plain format are its value's
         values = codes.contiguous().view(fmt.torch_dtype) * 2.0 ** round(math.log2(base))
-        return [Quantized(fmt, own) for own in values.unbind()]
-    found = []
-    for stream, other, own in zip(streams, common, codes.unbind(), strict=True):
-        scales, global_scale = _real_scales(fmt, shape, (stream, other), base)
-        zeros = None
-        if fmt.scaling is not None and fmt.scaling.zero_points:
-            zeros = window(element, stream.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
-        found.append(Quantized(fmt, own, scales, global_scale, zeros))
-    return found
+        return [Quantized(fmt, one) for one in values.unbind()]
+    assert fmt.scaling is not None
+    zeros = None
+    if fmt.scaling.zero_points:
+        base /= math.sqrt(2)  # code minus zero point: a difference of two such draws
+        zeros = window(element, own.child("zeros").raw(*fmt.scaling.scale_shape(*shape), element.bits))
+    return _split(fmt, codes, *_real_scales(fmt, shape, (own, common), base), zeros)
+
+
+def _split(
+    fmt: Format, codes: Tensor, scales: Tensor, global_scales: Tensor | None, zeros: Tensor | None = None
+) -> list[Quantized]:
+    """The matrices that lie along the leading axis of these."""
+    nothing = [None] * len(codes)
+    factors = nothing if global_scales is None else global_scales.unbind()
+    parts = zip(codes.unbind(), scales.unbind(), factors, nothing if zeros is None else zeros.unbind(), strict=True)
+    return [Quantized(fmt, *part) for part in parts]
 
 
 def _real_scales(
-    fmt: Format, shape: tuple[int, int], streams: tuple[Stream, Stream], base: float
+    fmt: Format, shape: tuple[int, int], streams: tuple[Streams, Streams], base: float
 ) -> tuple[Tensor, Tensor | None]:
+    """Block scales [streams, ...] and global scales [streams] or None."""
     assert fmt.scaling is not None
     own, common = streams
     blocks = fmt.scaling.scale_shape(*shape)
@@ -104,10 +108,19 @@ def _real_scales(
     if not fmt.scaling.global_scale:
         return _store(fmt, jitter * base), None
     # The block scales sit somewhere on the scale grid; the global scale carries the rest (encode sense).
-    word, shift = (int(stream.child("global").fields(1, 1, 16)) for stream in (common, own))
-    middle, part = SCALE_LEVELS[(word >> 8) % len(SCALE_LEVELS)], 1 + (word & (SCALE_STEPS - 1)) / SCALE_STEPS
-    factor = middle / base * part / 2 * 2.0 ** (shift >> 12 & 1)
-    return _store(fmt, jitter * middle), torch.tensor(factor, dtype=torch.float32, device=draw.device)
+    levels, factors = [], []
+    for word, shift in zip(*(_global_words(s) for s in (common, own)), strict=True):
+        middle, part = SCALE_LEVELS[(word >> 8) % len(SCALE_LEVELS)], 1 + (word & (SCALE_STEPS - 1)) / SCALE_STEPS
+        levels.append(middle)
+        factors.append(middle / base * part / 2 * 2.0 ** (shift >> 12 & 1))
+    level = torch.tensor(levels, dtype=torch.float64, device=draw.device)[:, None, None]
+    return _store(fmt, jitter * level), torch.tensor(factors, dtype=torch.float32, device=draw.device)
+
+
+def _global_words(streams: Streams) -> list[int]:
+    """One word of each stream, drawn where it is read: a GPU would be waited for."""
+    words: list[int] = replace(streams, device="cpu").child("global").fields(1, 1, 16).flatten().tolist()
+    return words
 
 
 def _store(fmt: Format, scales: Tensor) -> Tensor:
@@ -117,33 +130,37 @@ def _store(fmt: Format, scales: Tensor) -> Tensor:
     return fmt.scaling.store(scales.float()) if element is FLOATS["fp32"] else element.encode(scales).to(torch.uint8)
 
 
-def pack(fmt: Format, integers: Tensor, unit: float, scales: Scales) -> Quantized:
-    """`integers` [rows, columns] times `unit` (a power of two), exactly, while codes and scales differ from block to block:
-    scale = unit / 2**p and code = integer * 2**p with p in 0..2, less where a block's largest integer leaves no room."""
-    if fmt.torch_dtype is not None:
-        return Quantized(fmt, integers.to(fmt.torch_dtype) * unit)
-    assert fmt.scaling is not None
-    assert isinstance(fmt.element, ElementType | IntegerType)
-    amax = block_amax(integers, fmt.scaling.group)
-    room = (fmt.element.max / amax.clamp(min=1)).log2().floor().long()
-    power = torch.minimum(_powers(fmt, (integers.shape[0], integers.shape[1]), scales), room)
-    quarters = expand_blocks(
-        (4 * torch.exp2(power.float())).to(torch.int16), (integers.shape[0], integers.shape[1]), fmt.scaling.group
-    )
-    table = _quarter_codes(fmt.element).to(integers.device)
-    codes = table.index_select(0, (integers * quarters + len(table) // 2).flatten().int()).view(integers.shape)
-    stored = torch.exp2(-power.double()) * unit
-    if not fmt.scaling.global_scale:
-        return Quantized(fmt, codes, _store(fmt, stored))
-    lift = 2.0 ** -(scales.own.child("global").fields(1, 1, 16).item() % POWERS)
-    return Quantized(fmt, codes, _store(fmt, stored * lift), torch.tensor(lift, dtype=torch.float32, device=integers.device))
-
-
-def pack_all(fmt: Format, integers: Tensor, unit: float, scales: Sequence[Scales]) -> list[Quantized]:
-    """`pack` of the matrices integers [n, rows, columns]."""
+def pack_all(fmt: Format, integers: Tensor, unit: float, scales: Scales) -> list[Quantized]:
+    """Matrices `integers` [n, rows, columns] times `unit` (a power of two), exactly, while codes and scales differ from block
+    to block: scale = unit / 2**p and code = integer * 2**p with p in 0..2, less where a block's largest integer leaves no
+    room."""
     if fmt.torch_dtype is not None:
         return [Quantized(fmt, codes) for codes in (integers.to(fmt.torch_dtype) * unit).unbind()]
-    return [pack(fmt, own, unit, scale) for own, scale in zip(integers.unbind(), scales, strict=True)]
+    assert fmt.scaling is not None
+    powers, block = _powers(fmt, (integers.shape[1], integers.shape[2]), scales), fmt.scaling.group[0]
+    if block == WHOLE or integers.shape[1] % block:
+        packed = [_packed(fmt, one, power) for one, power in zip(integers, powers, strict=True)]
+        codes, powers = (torch.stack(part) for part in zip(*packed, strict=True))
+    else:  # blocks end with a matrix: all of them are one tall one
+        found = _packed(fmt, integers.flatten(0, 1), powers.flatten(0, 1))
+        codes, powers = (part.unflatten(0, (len(integers), -1)) for part in found)
+    stored = torch.exp2(-powers.double()) * unit
+    if not fmt.scaling.global_scale:
+        return _split(fmt, codes, _store(fmt, stored), None)
+    lifts = torch.tensor([2.0 ** -(word % POWERS) for word in _global_words(scales.own)], device=integers.device)
+    return _split(fmt, codes, _store(fmt, stored * lifts[:, None, None]), lifts)
+
+
+def _packed(fmt: Format, integers: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of one matrix and the powers of its blocks, as there is room for them."""
+    assert fmt.scaling is not None
+    assert isinstance(fmt.element, ElementType | IntegerType)
+    shape = (integers.shape[0], integers.shape[1])
+    room = (fmt.element.max / block_amax(integers, fmt.scaling.group).clamp(min=1)).log2().floor().long()
+    powers = torch.minimum(powers, room)
+    quarters = expand_blocks((4 * torch.exp2(powers.float())).to(torch.int16), shape, fmt.scaling.group)
+    table = _quarter_codes(fmt.element).to(integers.device)
+    return table.index_select(0, (integers * quarters + len(table) // 2).flatten().int()).view(shape), powers
 
 
 @cache
@@ -154,14 +171,16 @@ def _quarter_codes(element: ElementType | IntegerType) -> Tensor:
 
 
 def _powers(fmt: Format, shape: tuple[int, int], scales: Scales) -> Tensor:
-    """int64 0..2 for every block. Many blocks: random, two experts or two neighbours agree in a third of them. Few: chosen,
-    so that a block's neighbour along the row and the next expert's block always differ."""
+    """int64 0..2 for every block of every matrix. Many blocks: random, two experts or two neighbours agree in a third of
+    them. Few: chosen, so that a block's neighbour along the row and the next expert's block always differ."""
     assert fmt.scaling is not None
     rows, columns = fmt.scaling.scale_shape(*shape)
     if rows * columns > FEW_BLOCKS:
         return scales.own.child("scales").fields(rows, columns, 16) % POWERS
-    along = torch.tensor([turn(i, columns) for i in range(columns)], device=scales.shared.device)
-    return (scales.shared.child("scales").fields(rows, 1, 16) + along + scales.turn) % POWERS
+    device = scales.shared.device
+    along = torch.tensor([turn(i, columns) for i in range(columns)], device=device)
+    turns = torch.tensor(scales.turns, device=device)[:, None, None]
+    return (scales.shared.child("scales").fields(rows, 1, 16) + along + turns) % POWERS
 
 
 def turn(i: int, count: int) -> int:

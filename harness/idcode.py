@@ -98,8 +98,7 @@ class IdLayer:
         turns = [fills.turn(e, self.case.shape.experts) for e in experts]
         if name == "down" and self.gated:  # as in `harness.exact`
             turns = [-turn for turn in turns]
-        own = [self.stream(f"{name}.{e}") for e in experts]
-        scales = [fills.Scales(stream, self.stream(name), turn) for stream, turn in zip(own, turns, strict=True)]
+        scales = fills.Scales(self.streams(name, experts), self.stream(name), tuple(turns))
         return fills.pack_all(get(self.case.recipe.weights), integers, unit, scales)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness import fills, op_fills
 from harness.case import Case
 from harness.exact import X_SCALE, ExactLayer
-from harness.hashing import Stream
+from harness.hashing import Stream, Streams
 from harness.idcode import IdLayer
 from reference.activation import ACTIVATIONS
 from reference.experts import ExpertWeights
@@ -44,16 +44,16 @@ Draw = Callable[[Sequence[int]], list[tuple[Quantized | None, ...]]]  # experts 
 
 @dataclass
 class Drawn:
-    """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. Everybody gets
-    copies: a subject may write to what it was handed. decoded: (device, expert) -> as numbers, for the oracle alone."""
+    """Weights that were drawn already, for whoever asks again: the oracle, the backend and each relation do. decoded: (device,
+    expert) -> as numbers, for the oracle alone; biases: (device, name) -> those of all experts."""
 
     kept: dict[tuple[str, str, int], tuple[Quantized | None, ...]] = field(default_factory=dict)
+    biases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     decoded: dict[tuple[str, int], ExpertWeights] = field(default_factory=dict)
     size: int = 0
 
     def get(self, key: tuple[str, str, int], together: Sequence[int], draw: Draw) -> tuple[Quantized | None, ...]:
-        """A copy of what `draw` gave the first time `key` (device, name, expert) was asked for, and for the experts `together`
-        with it."""
+        """What `draw` gave the first time `key` (device, name, expert) was asked for, as for the experts `together` with it."""
         if key not in self.kept:
             device, name, expert = key
             wanted = [e for e in together if (device, name, e) not in self.kept]
@@ -62,10 +62,12 @@ class Drawn:
             if self.size > DRAWN_BYTES:
                 return drawn[expert]
             self.kept |= {(device, name, e): matrices for e, matrices in drawn.items()}
-        return tuple(None if q is None else _copied(q) for q in self.kept[key])
+        return self.kept[key]
 
 
-def _copied(q: Quantized) -> Quantized:
+def _copied(q: Quantized | None) -> Quantized | None:
+    if q is None:
+        return None
     scales, global_scale, zeros = (None if t is None else t.clone() for t in (q.scales, q.global_scale, q.zeros))
     return Quantized(q.format, q.codes.clone(), scales, global_scale, zeros)
 
@@ -78,7 +80,8 @@ class Inputs:
     that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
     float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
     reference routes them, for kernels that do not route. Another op's x and logits: harness/op_fills.py. Weights by expert:
-    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order; biases, float32 or None: `gate_up_bias(e)`,
+    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order, copies each time: a subject may write to what it
+    was handed; `stored(e)` -> all three, for who only reads; biases, float32 or None: `gate_up_bias(e)`,
     `down_bias(e)`. recorded: somebody else's tensors, which the case's id does not say.
     """
 
@@ -149,15 +152,27 @@ class Inputs:
 
     def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
         """(gate, up) weights of one expert, [inter, hidden] each; up is None where the activation is not gated."""
-        gate, up = self.drawn.get((self.device, "gate_up", expert), self._together(expert), self._gate_up)
+        gate, up = map(_copied, self.read("gate_up", expert))
         assert gate is not None
         return gate, up
 
     def down(self, expert: int) -> Quantized:
         """Down-projection weights of one expert, [hidden, inter]."""
-        (down,) = self.drawn.get((self.device, "down", expert), self._together(expert), self._down)
+        (down,) = map(_copied, self.read("down", expert))
         assert down is not None
         return down
+
+    def stored(self, expert: int) -> tuple[Quantized, Quantized | None, Quantized]:
+        """(gate, up, down) of one expert, nobody's to write to."""
+        gate, up, down = (*self.read("gate_up", expert), *self.read("down", expert))
+        assert gate is not None
+        assert down is not None
+        return gate, up, down
+
+    def read(self, name: str, expert: int) -> tuple[Quantized | None, ...]:
+        """The matrices of "gate_up" or "down"; what another source of weights replaces."""
+        draw = self._gate_up if name == "gate_up" else self._down
+        return self.drawn.get((self.device, name, expert), self._together(expert), draw)
 
     def _together(self, expert: int) -> range:
         """The experts that are drawn with this one: of a small layer's matrices many take no longer than one."""
@@ -195,22 +210,31 @@ class Inputs:
     def _bias(self, name: str, expert: int) -> Tensor | None:
         if self.case.bias == "nobias":
             return None
+        key = (self.device, name)
+        if key not in self.drawn.biases:
+            self.drawn.biases[key] = self._all_biases(name, range(self.case.shape.experts))
+        return self.drawn.biases[key][expert].clone()
+
+    def _all_biases(self, name: str, experts: Sequence[int]) -> Tensor:
+        """float32 [experts, inter or hidden]."""
         if self.case.exact:
             assert isinstance(self._exact, ExactLayer)
-            return self._exact.bias(name, expert)
+            return self._exact.biases(name, experts)
         size = self.case.shape.hidden if name == "down" else self.case.shape.inter
-        stream = Stream(self.case.seed, f"real.{name}_bias.{expert}", self.device)
-        return (stream.fields(size, 1, 16)[:, 0] % BIAS_STEPS - BIAS_STEPS // 2).float() * BIAS_STEP[name]
+        streams = Streams(self.case.seed, tuple(f"real.{name}_bias.{e}" for e in experts), self.device)
+        return (streams.fields(size, 1, 16)[..., 0] % BIAS_STEPS - BIAS_STEPS // 2).float() * BIAS_STEP[name]
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All experts of a plain recipe: w13 [experts, 2 * inter, hidden], gate rows first ([experts, inter, hidden] when
         not gated), and w2 [experts, hidden, inter]."""
-        experts = range(self.case.shape.experts)
-        w13 = torch.stack([torch.cat([q.codes for q in self.gate_up(e) if q is not None]) for e in experts])
-        return w13, torch.stack([self.down(e).codes for e in experts])
+        gates, ups, downs = zip(*(self.stored(e) for e in range(self.case.shape.experts)), strict=True)
+        halves = [torch.stack([q.codes for q in half]) for half in (gates, ups) if half[0] is not None]
+        return torch.cat(halves, dim=1), torch.stack([q.codes for q in downs])
 
     def _real(self, name: str, experts: Sequence[int], shape: tuple[int, int], rms: float, common: str = "") -> list[Quantized]:
-        own, other = ([Stream(self.case.seed, f"real.{n}.{e}", self.device) for e in experts] for n in (name, common or name))
+        own, other = (
+            Streams(self.case.seed, tuple(f"real.{n}.{e}" for e in experts), self.device) for n in (name, common or name)
+        )
         return fills.real_all(get(self.case.recipe.weights), shape, own, rms, other)
 
 
@@ -223,9 +247,18 @@ def exact_layer(case: Case, device: str) -> ExactLayer | IdLayer:
     return IdLayer(case, device) if case.fill == "idcode" else ExactLayer(case, device)
 
 
+def another_x(case: Case, device: str, variant: str) -> Tensor:
+    """x [tokens, hidden] of `make_inputs(case, device, variant)`, alone."""
+    return _x(case, _stream(case, device, variant).child("x"))[0]
+
+
+def _stream(case: Case, device: str, variant: str) -> Stream:
+    return Stream(case.seed, f"{'' if case.op == 'moe' else case.op}{case.fill}{variant}", device)
+
+
 def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
-    """The inputs of `case`. `variant` names another draw of x only (the previous call of a stale output)."""
-    stream = Stream(case.seed, f"{'' if case.op == 'moe' else case.op}{case.fill}{variant}", device)
+    """The inputs of `case`. `variant` names another draw of x and logits for the same weights."""
+    stream = _stream(case, device, variant)
     shape = case.shape
     x, x_scale = _x(case, stream.child("x"))
     logits = _logits(case, stream.child("logits"))

@@ -55,9 +55,9 @@ def dropped_hidden_tail(size: int) -> Mistake:
     """GEMM 1 stops before the last `size` columns of hidden."""
 
     def rows(turn: Turn) -> Tensor:
-        tail = turn.done.x[:, -size:]
-        up = None if turn.weights.up is None or turn.done.up is None else turn.done.up - tail @ turn.weights.up[:, -size:].T
-        return turn.activated(turn.done.gate - tail @ turn.weights.gate[:, -size:].T, up)
+        tail, weights = turn.done.x[..., -size:], turn.weights
+        up = None if weights.up is None or turn.done.up is None else turn.done.up - tail @ weights.up[..., -size:].mT
+        return turn.activated(turn.done.gate - tail @ weights.gate[..., -size:].mT, up)
 
     text = f"the last {size} columns of hidden are missing from GEMM 1"
     return Mistake("dropped_k_tail", text, rows, {"gemm": 1, "size": size})
@@ -67,7 +67,7 @@ def dropped_inter_tail(size: int) -> Mistake:
     """GEMM 2 stops before the last `size` neurons of inter."""
 
     def rows(turn: Turn) -> Tensor:
-        return turn.done.row - turn.done.middle[:, -size:] @ turn.weights.down[:, -size:].T
+        return turn.done.row - turn.done.middle[..., -size:] @ turn.weights.down[..., -size:].mT
 
     text = f"the last {size} neurons of inter are missing from GEMM 2"
     return Mistake("dropped_k_tail", text, rows, {"gemm": 2, "size": size})
@@ -183,7 +183,7 @@ def weighted_output(twice: bool) -> Mistake:
 
     def rows(turn: Turn) -> Tensor:
         assert turn.routed is not None
-        w = turn.routed[:, None]
+        w = turn.routed[..., None]
         if twice:
             return turn.done.row * w
         return turn.through(turn.weights, torch.where(w == 0, 0.0, turn.done.x / w)) * w
@@ -196,8 +196,8 @@ def other_bias(matrix: str, shift: int | None) -> Mistake:
     """The bias of "w13" or "w2" left out (None), or that of the expert `shift` further."""
 
     def rows(turn: Turn) -> Tensor:
-        right = turn.loader.biases(turn.expert)
-        wrong = (None,) * 3 if shift is None else turn.loader.biases(turn.neighbour(shift))
+        right = turn.biases(0)
+        wrong = (None,) * 3 if shift is None else turn.biases(shift)
         gate, up, down = (_difference(w, r) for w, r in zip(wrong, right, strict=True))
         if matrix == "w2":
             return turn.done.row + down

@@ -96,7 +96,7 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
     if experts.weight_on_input:  # a rounded weight is as known as a rounded x
         ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight)
-    for group in groups(inputs.x, inputs.routing, experts, (ideal, rounding)):
+    for group in groups(inputs.x, inputs.routing, experts, loader.stacked, (ideal, rounding)):
         mine, done, weights = group.slots, group.done, group.weights
         rows.row[mine] = group.rows(done.row)
         middle = middle_error(done, weights, activation, rounding)
@@ -105,16 +105,17 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
         if rows.baseline is not None:
             inside = dataclasses.replace(rounding, x=None) if experts.weight_on_input else rounding
             rows.baseline[mine] = group.rows(forward(done.x, weights, activation, inside).row)
-        for expert, own, alone in group.alone() if impostors else ():
-            bystander.see(expert, own, alone)
+        bystander.see(group)
         if case.exact:
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
     if case.exact:
         rows.inexact += _moved(rounding, {"x": (inputs.x.double(),)})
     expected = _assemble(case, inputs, rounding, rows)
-    wrong = dict(zip(impostors, bystander.outputs(expected.value.to(inputs.device)), strict=True))
-    expected.impostors.update({name: output.cpu() for name, output in wrong.items()})
+    if guard:
+        value = expected.value.to(inputs.device)
+        wrong = _without_experts(case, inputs, rows) | dict(zip(impostors, bystander.outputs(value), strict=True))
+        expected.impostors.update({name: output.cpu() for name, output in wrong.items()})
     return expected
 
 
@@ -156,19 +157,11 @@ def handed(rounding: Rounding, inputs: Inputs) -> Rounding:
 
 def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated) -> Expected:
     shape, routing = case.shape, dataclasses.replace(inputs.routing, weights=_combining(inputs))
-
-    def per_token(x: Tensor) -> Tensor:
-        return x.view(shape.tokens, shape.top_k, shape.hidden)
-
-    value = finalize(per_token(rows.row), routing.weights)
-    variance = finalize_variance(per_token(rows.row), per_token(rows.variance), routing.weights, rounding)
-    rounded = finalize(per_token(rows.row), routing.weights, rounding)
-    if case.exact and not torch.equal(rounded, value):
+    row, variances = (x.view(shape.tokens, shape.top_k, shape.hidden) for x in (rows.row, rows.variance))
+    value = finalize(row, routing.weights)
+    variance = finalize_variance(row, variances, routing.weights, rounding)
+    if case.exact and not torch.equal(finalize(row, routing.weights, rounding), value):
         rows.inexact.append("rounding changes the sum over experts")
-    one_less = routing.weights.clone()
-    one_less[:, -1] = 0
-    sampled = _sampled(inputs)
-    impostors = {"zeros": torch.zeros_like(value), "dropped_slot": finalize(per_token(rows.row), one_less)}
     return Expected(
         value=value.cpu(),
         sigma=variance.sqrt().cpu(),
@@ -177,13 +170,20 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
         reason="; ".join(dict.fromkeys(rows.inexact)),
         routing=dataclasses.replace(routing, ids=routing.ids.cpu(), weights=routing.weights.cpu(), margin=routing.margin.cpu()),
         ambiguous=(routing.margin < AMBIGUOUS_MARGIN).cpu(),
-        sampled=sampled.cpu(),
-        impostors={name: wrong[sampled].cpu() for name, wrong in impostors.items()},
+        sampled=_sampled(inputs).cpu(),
+        impostors={},
         contribution=lambda expert: _contribution(case, inputs, expert),
         layer=layer_of(inputs),
         baseline=None if rows.baseline is None else _baseline(case, inputs, rounding, rows),
         by_row=not rounding.spans_rows,
     )
+
+
+def _without_experts(case: Case, inputs: Inputs, rows: _Accumulated) -> dict[str, Tensor]:
+    """The impostors [n, hidden] that leave out experts: all, and the last of each token."""
+    row = rows.row.view(case.shape.tokens, case.shape.top_k, case.shape.hidden)[_sampled(inputs)]
+    weights = _combining(inputs)[_sampled(inputs)]
+    return {"zeros": torch.zeros_like(row[:, 0]), "dropped_slot": finalize(row[:, :-1], weights[:, :-1])}
 
 
 def _independent(inputs: Inputs, rows: _Accumulated) -> Tensor:

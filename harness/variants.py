@@ -101,13 +101,9 @@ class Relabelled(Inputs):
     own_experts: ClassVar[bool] = False
     order: tuple[int, ...] = ()
 
-    def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+    def read(self, name: str, expert: int) -> tuple[Quantized | None, ...]:
         """See Inputs."""
-        return super().gate_up(self.order[expert])
-
-    def down(self, expert: int) -> Quantized:
-        """See Inputs."""
-        return super().down(self.order[expert])
+        return super().read(name, self.order[expert])
 
     def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         """See Inputs."""

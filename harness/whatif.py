@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.batched import Group
 from harness.case import Case
-from harness.inputs import Inputs, make_inputs
+from harness.inputs import Inputs, another_x, make_inputs
 from reference.activation import ACTIVATIONS, Activation
-from reference.experts import ExpertPass, ExpertWeights, forward, linear
+from reference.experts import ExpertPass, ExpertWeights, forward, linear, mapped
 from reference.format import Quantized
 from reference.moe import Experts, moe, passes
 from reference.rounding import IDEAL, Rounding
@@ -49,6 +50,14 @@ class Packed:
         return ExpertWeights(self.gate.format.decode(self.gate), up, self.down.format.decode(self.down), *self.biases)
 
 
+def decoded(packed: Sequence[Packed]) -> ExpertWeights:
+    """`Packed.decode` of several, along a leading axis."""
+    gates, ups, downs = ([getattr(p, name) for p in packed] for name in ("gate", "up", "down"))
+    biases = (None if b[0] is None else torch.stack(b) for b in zip(*(p.biases for p in packed), strict=True))
+    up = None if ups[0] is None else ups[0].format.decode_all(ups)
+    return ExpertWeights(gates[0].format.decode_all(gates), up, downs[0].format.decode_all(downs), *biases)
+
+
 class Loader:
     """Draws and decodes experts when asked and keeps the last AT_HAND of them, or more if they are small."""
 
@@ -57,28 +66,44 @@ class Loader:
         shape = inputs.case.shape
         self.room = max(AT_HAND, KEPT[inputs.x.device.type] // max(1, 3 * shape.hidden * shape.inter))
         self._packed: dict[int, Packed] = {}
+        self._biases: dict[int, tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
         self._decoded: dict[tuple[str, int], ExpertWeights] = inputs.drawn.decoded if inputs.own_experts else {}
 
     def packed(self, expert: int) -> Packed:
         """The stored weights of one expert."""
         if expert not in self._packed:
             _make_room(self._packed, self.room)
-            self._packed[expert] = Packed(*self.inputs.gate_up(expert), self.inputs.down(expert), self.biases(expert))
+            self._packed[expert] = Packed(*self.inputs.stored(expert), self.biases(expert))
         return self._packed[expert]
 
     def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of gate, up and down of one expert, float64 or None."""
-        gate, up = self.inputs.gate_up_bias(expert)
-        gate, up, down = (None if b is None else b.double() for b in (gate, up, self.inputs.down_bias(expert)))
-        return gate, up, down
+        if expert not in self._biases:
+            found = (*self.inputs.gate_up_bias(expert), self.inputs.down_bias(expert))
+            gate, up, down = (None if b is None else b.double() for b in found)
+            self._biases[expert] = gate, up, down
+        return self._biases[expert]
 
     def weights(self, expert: int) -> ExpertWeights:
         """The decoded weights of one expert, float64."""
         key = (self.inputs.device, expert)
         if key not in self._decoded:
-            _make_room(self._decoded, self.room)
-            self._decoded[key] = self.packed(expert).decode()
+            self._keep(expert, self.packed(expert).decode())
         return self._decoded[key]
+
+    def stacked(self, experts: Sequence[int]) -> ExpertWeights:
+        """`weights` of several, along a leading axis."""
+        keys = [(self.inputs.device, expert) for expert in experts]
+        if all(key in self._decoded for key in keys):
+            return mapped(torch.stack, [self._decoded[key] for key in keys])
+        whole = decoded([self.packed(expert) for expert in experts])
+        for i, expert in enumerate(experts):
+            self._keep(expert, mapped(lambda t, i=i: t[0][i], [whole]))  # type: ignore[misc]
+        return whole
+
+    def _keep(self, expert: int, weights: ExpertWeights) -> None:
+        _make_room(self._decoded, self.room)
+        self._decoded[self.inputs.device, expert] = weights
 
 
 def experts_of(case: Case, weights: Callable[[int], ExpertWeights]) -> Experts:
@@ -94,15 +119,23 @@ def _make_room(kept: dict[Any, Any], room: int) -> None:
 @dataclass(frozen=True)
 class Turn:
     """One expert's turn over n slots: `done` is the right pass of their rows, weight [n] what their outputs are multiplied by,
-    stale [n, hidden] what the previous call's x was in those rows; routed [n]: the weights that multiplied x, if any did."""
+    stale [n, hidden] what the previous call's x was in those rows; routed [n]: the weights that multiplied x, if any did. Of
+    several experts at once, for mistakes that are not dear: a leading axis, and `stacked`, their weights."""
 
     loader: Loader
-    expert: int
+    experts: tuple[int, ...]
     done: ExpertPass
     weight: Tensor
     stale: Tensor
     rounding: Rounding = IDEAL
     routed: Tensor | None = None
+    stacked: ExpertWeights | None = None
+
+    @property
+    def expert(self) -> int:
+        """The one expert whose turn it is."""
+        (expert,) = self.experts
+        return expert
 
     @property
     def activation(self) -> Activation:
@@ -111,12 +144,21 @@ class Turn:
 
     @property
     def weights(self) -> ExpertWeights:
-        """This expert's weights, decoded."""
-        return self.loader.weights(self.expert)
+        """Weights of those whose turn it is, decoded."""
+        return self.loader.weights(self.expert) if self.stacked is None else self.stacked
 
     def neighbour(self, shift: int) -> int:
         """The expert `shift` further, around the end."""
         return (self.expert + shift) % self.loader.inputs.case.shape.experts
+
+    def biases(self, shift: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of gate, up and down of the experts `shift` further, as they join the rows of a GEMM, or None."""
+        count = self.loader.inputs.case.shape.experts
+        found = [self.loader.biases((e + shift) % count) for e in self.experts]
+        if self.stacked is None:
+            return found[0]
+        gate, up, down = (None if b[0] is None else torch.stack(b).unsqueeze(1) for b in zip(*found, strict=True))
+        return gate, up, down
 
     def through(self, weights: ExpertWeights, x: Tensor | None = None) -> Tensor:
         """Rows [n, hidden] of x (or the right x) through other weights."""
@@ -176,7 +218,7 @@ class Layer:
     @cached_property
     def stale(self) -> Tensor:
         """float64 [tokens, hidden]: x of the previous call."""
-        return make_inputs(self.case, self.device, variant="/previous").x.double()
+        return another_x(self.case, self.device, "/previous").double()
 
     @property
     def rounding(self) -> Rounding:
@@ -230,7 +272,7 @@ def study(layer: Layer, tokens: Tensor, mistakes: Sequence[Mistake], scopes: tup
     for expert, slots, done, _ in passes(inputs.x[tokens], mine, experts, layer.rounding):
         routed = mine.weights.flatten()[slots] if experts.weight_on_input else None
         stale = _as_read(layer.stale[tokens[slots // shape.top_k]], routed)
-        turn = Turn(loader, expert, done, weights[slots], stale, layer.rounding, routed)
+        turn = Turn(loader, (expert,), done, weights[slots], stale, layer.rounding, routed)
         collected.add(turn, slots // shape.top_k)
         rows[slots] = done.row
     deltas = {key: delta.cpu() for key, delta in collected.deltas.items()}
@@ -243,22 +285,21 @@ def _as_read(x: Tensor, routed: Tensor | None) -> Tensor:
 
 
 class Collected:
-    """Sums what each mistake changes in the output of n tokens, expert after expert; the dear ones in `dear_in` only."""
+    """Sums what each mistake changes in the output of n tokens, some experts after others."""
 
     def __init__(self, mistakes: Sequence[Mistake], scopes: tuple[int, ...], tokens: int, like: Tensor) -> None:
         self.mistakes, self.scopes = mistakes, scopes
-        self.dear_in: frozenset[int] | None = None
         keys = [(i, scope) for i in range(len(mistakes)) for scope in (None, *scopes)]
         self.deltas: dict[tuple[int, int | None], Tensor] = {k: like.new_zeros(tokens, like.shape[-1]) for k in keys}
 
-    def add(self, turn: Turn, places: Tensor) -> None:
-        """One expert's share; places [n]: the position among the tokens of each of the turn's slots."""
+    def add(self, turn: Turn, places: Tensor, asked: Callable[[Mistake], bool] = lambda mistake: True) -> None:
+        """A turn's share of the mistakes `asked` for; places [n]: the position among the tokens of each of its slots."""
         for i, mistake in enumerate(self.mistakes):
-            if mistake.dear and self.dear_in is not None and turn.expert not in self.dear_in:
+            if not asked(mistake):
                 continue
-            delta = (mistake.rows(turn) - turn.done.row) * turn.weight[:, None]
-            self.deltas[i, None].index_add_(0, places, delta)
-            if turn.expert in self.scopes:
+            delta = (mistake.rows(turn) - turn.done.row) * turn.weight[..., None]
+            self.deltas[i, None].index_add_(0, places.flatten(), delta.flatten(0, -2))
+            if self.scopes and turn.expert in self.scopes:
                 self.deltas[i, turn.expert].index_add_(0, places, delta)
 
 
@@ -278,20 +319,27 @@ class Bystander:
         like = torch.zeros(0, layer.case.shape.hidden, dtype=torch.float64, device=inputs.device)
         self.collected = Collected(mistakes, (), len(tokens), like)
         active = inputs.routing.ids[tokens].unique().tolist()
-        self.collected.dear_in = frozenset(active[:: max(2, len(active) // DEAR_EXPERTS)])
+        self.dear_in = frozenset(active[:: max(2, len(active) // DEAR_EXPERTS)])
 
-    def see(self, expert: int, slots: Tensor, done: ExpertPass) -> None:
-        """One expert's right pass over its slots (token * top_k + k)."""
-        tokens = slots // self.layer.case.shape.top_k
-        mine = self.place[tokens] >= 0
-        if not mine.any():
+    def see(self, group: Group) -> None:
+        """The right pass of some experts over their slots (token * top_k + k)."""
+        tokens = group.slots // self.layer.case.shape.top_k
+        mine = group if len(self.tokens) == len(self.place) else group.only(self.place[tokens] >= 0)
+        if mine is None or not self.mistakes:
             return
-        up = None if done.up is None else done.up[mine]
-        part = ExpertPass(done.x[mine], done.gate[mine], up, done.middle[mine], done.row[mine])
-        routed = None if self.routed is None else self.routed[slots[mine]]
-        stale = _as_read(self.layer.stale[tokens[mine]], routed)
-        turn = Turn(self.loader, expert, part, self.weights[slots[mine]], stale, self.layer.rounding, routed)
-        self.collected.add(turn, self.place[tokens[mine]])
+        self._add(mine, lambda mistake: not mistake.dear)
+        if any(mistake.dear for mistake in self.mistakes):
+            for one in mine.alone(self.dear_in):
+                self._add(one, lambda mistake: mistake.dear)
+
+    def _add(self, group: Group, asked: Callable[[Mistake], bool]) -> None:
+        tokens = group.slots // self.layer.case.shape.top_k
+        routed = None if self.routed is None else self.routed[group.slots]
+        stale = group.spread(_as_read(self.layer.stale[tokens], routed))
+        weight, routed = group.spread(self.weights[group.slots]), None if routed is None else group.spread(routed)
+        stacked = None if group.place is None else group.weights
+        turn = Turn(self.loader, group.experts, group.done, weight, stale, self.layer.rounding, routed, stacked)
+        self.collected.add(turn, group.spread(self.place[tokens]), asked)
 
     def outputs(self, value: Tensor) -> list[Tensor]:
         """What each mistake makes of the right output `value` [tokens, hidden]: [n, hidden] each."""

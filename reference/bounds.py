@@ -183,16 +183,19 @@ def _partials(done: ExpertPass, activation: Activation) -> tuple[Tensor, Tensor]
 def finalize_variance(rows: Tensor, variances: Tensor, weights: Tensor, rounding: Rounding) -> Tensor:
     """Variance of the layer's output [tokens, hidden] from rows and their variances [tokens, top_k, hidden]."""
     total, variance = torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0])
-    weight_error = rounding.at("routing_weight", weights) - weights  # of what every kernel computes alike: known
+    powers, squares = _power_of_two(weights), weights.square()
     for k in range(rows.shape[1]):
         weighted = rows[:, k] * weights[:, k, None]
         total = total + weighted
-        variance += weights[:, k, None].square() * variances[:, k] + (weight_error[:, k, None] * rows[:, k]).square()
+        variance += squares[:, k, None] * variances[:, k]
         points = ("weighted", "partial", "out")[: 3 if rows.shape[1] == 1 else 2] if k == 0 else ("weighted",)
-        variance += _chain_variance(points, weighted, _power_of_two(weights[:, k, None]), rounding)
+        variance += _chain_variance(points, weighted, powers[:, k, None], rounding)
         variance += FP32.ulp(total).square() / 12
         if k > 0:
             variance += _sum_variance(total - weighted, weighted, rounding)
+    if rounding.routing_weight is not None:  # the error of what every kernel computes alike: known
+        error = rounding.at("routing_weight", weights) - weights
+        variance += sum((error[:, k, None] * rows[:, k]).square() for k in range(rows.shape[1]))
     if rows.shape[1] == 1 or rounding.out == rounding.partial:
         return variance
     return variance + rounding_variance(rounding, "out", total)

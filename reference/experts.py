@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -34,6 +36,15 @@ class ExpertPass:
     up: Tensor | None
     middle: Tensor
     row: Tensor
+
+
+Parts = TypeVar("Parts", ExpertWeights, ExpertPass)
+
+
+def mapped(change: Callable[[list[Tensor]], Tensor], parts: Sequence[Parts]) -> Parts:
+    """change([gate of each, ...]), change([up of each, ...]), ...: what the parts have not, the result has not."""
+    columns = ([getattr(part, f.name) for part in parts] for f in fields(parts[0]))
+    return type(parts[0])(*(None if column[0] is None else change(column) for column in columns))  # type: ignore[arg-type]
 
 
 def forward(x: Tensor, weights: ExpertWeights, activation: Activation, rounding: Rounding = IDEAL) -> ExpertPass:

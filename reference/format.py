@@ -5,7 +5,7 @@ A format is logical. Where the bytes lie (swizzles, nibble packing) is a layout'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,11 +157,29 @@ class Format:
             scale = scale / q.global_scale.to(dtype).reshape(-1, 1)
         return _times_blocks(value, scale, self.scaling.group)
 
+    def decode_all(self, matrices: Sequence[Quantized]) -> Tensor:
+        """`decode` of matrices of one shape, [n, rows, columns] float64: where blocks end with a matrix, of one tall one."""
+        rows = matrices[0].shape[0]
+        if self.scaling is None:
+            return torch.stack([q.codes for q in matrices]).double()
+        block = self.scaling.group[0]
+        if block == WHOLE or rows % block or (block != 1 and self.scaling.global_scale):
+            return torch.stack([self.decode(q) for q in matrices])
+        codes, scales, zeros = (_tall([getattr(q, name) for q in matrices]) for name in ("codes", "scales", "zeros"))
+        factors = [None if q.global_scale is None else q.global_scale.reshape(-1).expand(rows) for q in matrices]
+        assert codes is not None
+        return self.decode(Quantized(self, codes, scales, _tall(factors), zeros)).view(len(matrices), rows, -1)
+
     def scale_values(self, q: Quantized, dtype: torch.dtype = torch.float64) -> Tensor:
         """The block scales as numbers, global scale not applied."""
         assert self.scaling is not None
         assert q.scales is not None
         return q.scales.to(dtype) if q.scales.is_floating_point() else self.scaling.element.decode(q.scales, dtype)
+
+
+def _tall(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _times_blocks(value: Tensor, scale: Tensor, group: tuple[int, int]) -> Tensor:

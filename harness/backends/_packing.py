@@ -17,6 +17,8 @@ from reference.format import WHOLE, Format, Quantized
 from reference.formats import get
 from reference.layouts.linear import pack_nibbles
 
+TOGETHER = 1 << 24  # codes of the matrices that are stored at once: what a GPU does in one launch
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -31,7 +33,7 @@ class Stack:
 
     @classmethod
     def empty(cls, like: Quantized, experts: int, parts: int) -> Stack:
-        """Room for `parts` matrices such as `like` of each expert, filled by `put`: no second copy of the weights is held."""
+        """Room for `parts` matrices such as `like` of each expert, filled by `put`: no second copy of all weights is held."""
         (rows, columns), fmt, device = like.shape, like.format, like.codes.device
         columns = columns * fmt.element.bits // 8 if fmt.element.bits == 4 else columns
         data = torch.empty((experts, parts * rows, columns), dtype=like.codes.dtype, device=device)
@@ -44,17 +46,18 @@ class Stack:
             factors = torch.empty((experts, parts), dtype=torch.float32, device=device)
         return cls(data, scales, zeros, factors)
 
-    def put(self, index: int, part: int, q: Quantized) -> None:
-        """Store one matrix as part `part` of the rank's expert number `index`."""
-        rows = slice(part * q.shape[0], (part + 1) * q.shape[0])
-        self.data[index, rows] = pack_nibbles(q.codes) if q.format.element.bits == 4 else q.codes
-        if self.scales is not None and q.scales is not None:
-            blocks = slice(part * q.scales.shape[0], (part + 1) * q.scales.shape[0])
-            self.scales[index, blocks] = q.scales
-            if self.zeros is not None and q.zeros is not None:
-                self.zeros[index, blocks] = q.zeros
+    def put(self, first: int, part: int, matrices: Sequence[Quantized]) -> None:
+        """Store one matrix each as part `part` of the rank's experts number `first` and following."""
+        like, experts = matrices[0], slice(first, first + len(matrices))
+        codes = torch.stack([q.codes for q in matrices])
+        rows = slice(part * like.shape[0], (part + 1) * like.shape[0])
+        self.data[experts, rows] = pack_nibbles(codes) if like.format.element.bits == 4 else codes
+        for room, name in ((self.scales, "scales"), (self.zeros, "zeros")):
+            if room is not None:
+                blocks = torch.stack([getattr(q, name) for q in matrices])
+                room[experts, part * blocks.shape[1] : (part + 1) * blocks.shape[1]] = blocks
         if self.factors is not None:
-            self.factors[index, part] = factor(q)
+            self.factors[experts, part] = factors(matrices)
 
     def buffers(self, name: str) -> dict[str, Tensor]:
         """The tensors by name: w13, w13_scales, w13_zeros, w13_factors."""
@@ -69,24 +72,30 @@ def whole(fmt: Format) -> bool:
 
 def factor(q: Quantized) -> Tensor:
     """float32 []: what a whole matrix is multiplied by, 1 / global scale (encode sense) or its one scale."""
-    if q.global_scale is not None:
-        return 1 / q.global_scale.float().reshape(())
-    assert q.scales is not None
-    return q.scales.float().reshape(())
+    return factors([q])[0]
+
+
+def factors(matrices: Sequence[Quantized]) -> Tensor:
+    """`factor` of each, [n]."""
+    if matrices[0].global_scale is not None:
+        return 1 / torch.stack([q.global_scale.reshape(()) for q in matrices if q.global_scale is not None]).float()
+    return torch.stack([q.scales.reshape(()) for q in matrices if q.scales is not None]).float()
 
 
 def pack(case: Case, inputs: Inputs, up_first: bool = False, one_factor: bool = False) -> tuple[Stack, Stack]:
     """(w13, w2) of the rank's experts: gate rows above up rows, or below with `up_first`; `one_factor`: both halves brought
     to one factor (`joint`), kept in every column of `factors`."""
-    parts = 1 if inputs.gate_up(inputs.local.start)[1] is None else 2
-    w13 = Stack.empty(inputs.gate_up(inputs.local.start)[0], len(inputs.local), parts)
-    w2 = Stack.empty(inputs.down(inputs.local.start), len(inputs.local), 1)
-    for index, expert in enumerate(inputs.local):
-        halves = [q for q in inputs.gate_up(expert) if q is not None]
-        halves = joint(halves) if one_factor else halves
-        for part, q in enumerate(reversed(halves) if up_first else halves):
-            w13.put(index, part, q)
-        w2.put(index, 0, inputs.down(expert))
+    gate, up, down = inputs.stored(inputs.local.start)
+    w13 = Stack.empty(gate, len(inputs.local), 1 if up is None else 2)
+    w2 = Stack.empty(down, len(inputs.local), 1)
+    together = max(1, TOGETHER // gate.codes.numel())
+    for start in range(0, len(inputs.local), together):
+        found = [inputs.stored(expert) for expert in inputs.local[start : start + together]]
+        halves = [[q for q in matrices[:2] if q is not None] for matrices in found]
+        halves = [joint(own) for own in halves] if one_factor else halves
+        for part, own in enumerate(zip(*(own[::-1] if up_first else own for own in halves), strict=True)):
+            w13.put(start, part, own)
+        w2.put(start, 0, [matrices[2] for matrices in found])
     return w13, w2
 
 

@@ -169,14 +169,12 @@ class Recorded(Handed):
         """See Inputs."""
         return None if self.layer is None else self.layer.middle_scale
 
-    def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+    def read(self, name: str, expert: int) -> tuple[Quantized | None, ...]:
         """See Inputs."""
-        gate, up, _ = self._matrices(expert)
+        gate, up, down = self._matrices(expert)
+        if name == "down":
+            return (down,)
         return (up, None) if gate is None else (gate, up)
-
-    def down(self, expert: int) -> Quantized:
-        """See Inputs."""
-        return self._matrices(expert)[2]
 
     def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         """See Inputs."""

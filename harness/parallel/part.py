@@ -27,15 +27,10 @@ class Part(Handed):
     whole: Inputs | None = None
     first: int = 0
 
-    def gate_up(self, expert: int) -> tuple[Quantized, Quantized | None]:
+    def read(self, name: str, expert: int) -> tuple[Quantized | None, ...]:
         """See Inputs."""
         assert self.whole is not None
-        return self.whole.gate_up(expert + self.first)
-
-    def down(self, expert: int) -> Quantized:
-        """See Inputs."""
-        assert self.whole is not None
-        return self.whole.down(expert + self.first)
+        return self.whole.read(name, expert + self.first)
 
     def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         """See Inputs."""
