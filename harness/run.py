@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from harness import journal, pooled, run_info, sanitized
 from harness.backends import discover
 from harness.case import Case
-from harness.errors import Incomplete, MoecheckError, PluginError
+from harness.errors import Incomplete, MoecheckError, PluginError, RunFolderError
 from harness.executed import Reach, Ways, ran
 from harness.known import Outcome, outcome
 from harness.plan import Plan, Request
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SUITES = Path(__file__).resolve().parent.parent / "suites"
 SHOWN_FAILURES = 20
+OURS = "moecheck: "
 NIGHTLY = "nightly"  # the tier that is there to judge everything
 STRENGTHS = (2, 3)  # pairs and triples: what the tiers promise
 
@@ -65,8 +66,9 @@ class _Watcher:
             self.errors.append(report.longreprtext)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        if isinstance(excinfo.value, pytest.exit.Exception):
-            self.stopped = str(excinfo.value.msg).removeprefix("moecheck: ")
+        text = str(excinfo.value)  # pytest.exit's, or that of a worker which stopped its session
+        if text.startswith(OURS):
+            self.stopped = text.removeprefix(OURS)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -112,11 +114,15 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
         return 3
     verdicts = journal.read(folder)
     missing = len(mine.items) - len(verdicts)
-    info = run_info.read(folder) or run_info.RunInfo(
-        run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
-    )  # a folder of an older release
-    run_info.write(folder, info.stopped(time.monotonic() - started, whole=not missing))
-    publish(mine, verdicts, folder, out)
+    try:
+        info = run_info.read(folder) or run_info.RunInfo(
+            run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
+        )  # a folder of an older release
+        run_info.write(folder, info.stopped(time.monotonic() - started, whole=not missing))
+        publish(mine, verdicts, folder, out)
+    except OSError as error:
+        again = f"every verdict is in {journal.NAME}; make room, then moecheck run --resume {folder}"
+        raise RunFolderError(f"{folder}: cannot be written: {error.strerror}; {again}") from error
     if watcher.errors:
         err.print("moecheck itself failed:\n" + watcher.errors[0], markup=False, style="red")
         return 3
