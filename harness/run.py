@@ -21,7 +21,7 @@ from harness.known import Outcome, outcome
 from harness.plan import Plan, Request
 from harness.plan import grid as grid_of
 from harness.report import coverage, junit, markdown
-from harness.report.table import summary
+from harness.report.table import MIN_WIDTH, summary
 from harness.report.text import explain, line
 from harness.session import device_of, shard_of
 
@@ -232,9 +232,9 @@ def _report(verdicts: list[Verdict], reached: dict[str, list[Ways]], folder: Pat
         out.print(f"note on {verdict.subject}:{verdict.case_id}: {note.text}", markup=False, style="yellow")
     if len(groups[Outcome.RED]) > SHOWN_FAILURES:
         out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}", markup=False)
-    width = shutil.get_terminal_size((140, 40)).columns
+    width = max(MIN_WIDTH, shutil.get_terminal_size((200, 40)).columns)
     table = Console(width=width, highlight=False, file=out.file, force_terminal=out.is_terminal)
-    table.print(summary(verdicts, _versions(verdicts)))
+    table.print(summary(verdicts, _versions(verdicts), width))
     skips = sorted({(v.subject, v.reason) for v in groups[Outcome.SKIPPED]})
     for subject, reason in skips[:SHOWN_FAILURES]:
         out.print(f"skipped {subject}: {reason}", markup=False)
