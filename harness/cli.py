@@ -106,7 +106,8 @@ def main() -> NoReturn:
     except typer.Abort:
         code = INCOMPLETE
     except ClickException as error:
-        ERR.print(f"moecheck: {error.format_message()}", style="red", markup=False)
+        wanted = error.format_message() or "a command is wanted"  # typer has printed the help of a group that was given none
+        ERR.print(f"moecheck: {wanted}", style="red", markup=False)
         code = USER_ERROR
     except (MoecheckError, WorkerBug) as error:
         ERR.print(f"moecheck: {error}", style="red", markup=False)
