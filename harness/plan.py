@@ -135,8 +135,12 @@ def make(
     if len(cases) < len(request.cases) or not cases:
         items += _planned(request, subjects, device, root, rows)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
-    if not items:
-        raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
+    asked = [f"--case {text}" for text in request.cases if not any(fnmatchcase(i.case_id, text) for i in items)]
+    asked += [f"--op {op}" for op in request.ops if not any(i.case_id.startswith(f"{op}.") for i in items)]
+    if asked or not items:  # one of several that finds nothing would be missed by nobody
+        filters = [*asked, *(f"--backend {name}" for name in request.backends)]
+        what = f"no case of tier {tier.name} on {request.platform} is what is asked for by {', '.join(filters) or 'the tier'}"
+        raise SelectionError(f"nothing to run: {what}; moecheck list --cases prints those that there are")
     replay = (tier.replay_runs, tier.replay_s)
     return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks, tier.repeats, replay)
 

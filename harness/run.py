@@ -235,6 +235,8 @@ def _report(verdicts: list[Verdict], reached: dict[str, list[Ways]], folder: Pat
     width = max(MIN_WIDTH, shutil.get_terminal_size((200, 40)).columns)
     table = Console(width=width, highlight=False, file=out.file, force_terminal=out.is_terminal)
     table.print(summary(verdicts, _versions(verdicts), width))
+    if verdicts and len(groups[Outcome.SKIPPED]) == len(verdicts):
+        out.print("NOTHING RAN: every case was skipped; no failure is not a pass", style="bold yellow")
     skips = sorted({(v.subject, v.reason) for v in groups[Outcome.SKIPPED]})
     for subject, reason in skips[:SHOWN_FAILURES]:
         out.print(f"skipped {subject}: {reason}", markup=False)

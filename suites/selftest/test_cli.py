@@ -278,6 +278,14 @@ def test_doctor_shows_every_backend_and_the_reason_of_a_no(moecheck: Call, tmp_p
     assert "    pip install x[cpu]\n" in answer.out, "whole, on a line of its own: a table of 80 columns cut it"
 
 
+def test_a_run_of_skips_alone_says_that_nothing_ran(moecheck: Call, tmp_path: Path) -> None:
+    """A broken install of a library gives a table of zeros and exit code 0, as a clean run does."""
+    skipped = CASE.replace("bf16", "nvfp4")
+    answer = moecheck("run", "-b", "torch_grouped_mm", "--case", skipped, "--platform", "cpu", "--out", str(tmp_path / "a"))
+    assert "NOTHING RAN: every case was skipped" in answer.out
+    assert "NOTHING RAN" not in moecheck("run", *GOOD, "--out", str(tmp_path / "b")).out
+
+
 def test_repro_of_a_passing_case_is_clean(moecheck: Call) -> None:
     answer = moecheck("repro", CASE, "--backend", "torch_grouped_mm", "--platform", "cpu")
     assert answer.code == 0

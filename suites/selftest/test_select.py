@@ -85,6 +85,8 @@ def test_a_plan_is_the_same_every_time() -> None:
         ({"cases": ("moe.bf16.t1",)}, CaseError, "does not parse"),
         ({"cases": ("moe.fp5*",)}, SelectionError, "nothing to run"),
         ({"ops": ("gemm",)}, SelectionError, "nothing to run"),
+        ({"cases": ("moe.bf16*", "moe.fp5*")}, SelectionError, r"nothing to run.* by --case moe.fp5\*; moecheck list"),
+        ({"ops": ("moe", "rotue")}, SelectionError, "nothing to run.* by --op rotue; moecheck list"),
     ],
 )
 def test_a_wrong_selection_is_refused(changes: dict[str, object], error: type[Exception], text: str) -> None:
