@@ -94,6 +94,13 @@ def test_a_wrong_selection_is_refused(changes: dict[str, object], error: type[Ex
         plan.make(request(**changes), discover(), Device("cpu", "cpu"))
 
 
+def test_one_of_all_platforms_may_lack_one_of_several_patterns() -> None:
+    asked = request(cases=("moe.bf16*", "moe.fp5*"))
+    assert plan.make(asked, discover(), Device("cpu", "cpu"), partly=True).items
+    with pytest.raises(SelectionError):
+        plan.make(request(cases=("moe.fp5*",)), discover(), Device("cpu", "cpu"), partly=True)
+
+
 def test_a_named_case_goes_to_the_backends_that_take_it() -> None:
     case = "moe.bf16.t3.h64.i64.e4.k2.renormalize.swiglu.standard.real.s0"
     items = plan.make(request(cases=(case,)), discover(), Device("cpu", "cpu")).items
