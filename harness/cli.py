@@ -6,19 +6,23 @@ Exit codes: 0 clean, 1 a kernel failed, 2 incomplete (resume), 3 our or the user
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 import traceback
 from importlib import import_module
 from typing import Any, NoReturn
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 from harness.cli_options import ERR
 from harness.errors import Incomplete, MoecheckError, WorkerBug
 
 CLEAN, KERNEL_FAILED, INCOMPLETE, USER_ERROR = 0, 1, 2, 3
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 COMMANDS = {  # command -> module and function, or the app of a group, in the order of --help
     "run": "cli_run:run",
     "plan": "cli_plan:command",
@@ -81,9 +85,19 @@ def _all() -> None:
     """Checks MoE kernels against a pure-PyTorch reference."""
 
 
+def _reader_gone(self: Console) -> None:
+    """`| head` has read enough: the rest goes nowhere, and the exit code stays the command's. rich would exit 1 here, which
+    says that a kernel failed, in the middle of a run."""
+    self.quiet = True
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self.file.fileno())
+    os.close(nowhere)
+
+
 def main() -> NoReturn:
     """Console entry point: every fault of the user is one message and exit code 3."""
     code = CLEAN
+    Console.on_broken_pipe = _reader_gone  # type: ignore[method-assign]  # typer's own consoles as well
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a message may quote what no encoding holds, or a terminal speak ASCII
             stream.reconfigure(errors="backslashreplace")
@@ -92,7 +106,8 @@ def main() -> NoReturn:
     except typer.Abort:
         code = INCOMPLETE
     except ClickException as error:
-        ERR.print(f"moecheck: {error.format_message()}", style="red", markup=False)
+        wanted = error.format_message() or "a command is wanted"  # typer has printed the help of a group that was given none
+        ERR.print(f"moecheck: {wanted}", style="red", markup=False)
         code = USER_ERROR
     except (MoecheckError, WorkerBug) as error:
         ERR.print(f"moecheck: {error}", style="red", markup=False)
@@ -100,6 +115,11 @@ def main() -> NoReturn:
     except Incomplete as stopped:
         ERR.print(f"moecheck: {stopped}", style="yellow", markup=False)
         code = INCOMPLETE
+    except OSError as error:
+        code = USER_ERROR
+        what = "a file or the output" if error.filename is None else error.filename
+        again = f"{what}: cannot be written: {error.strerror}; make room, and give the same command again"
+        ERR.print(f"moecheck: {again}" if error.errno in NO_ROOM else traceback.format_exc(), style="red", markup=False)
     except Exception:  # Python's own exit code would be 1: a kernel failed
         ERR.print(traceback.format_exc(), style="red", markup=False)
         code = USER_ERROR

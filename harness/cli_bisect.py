@@ -37,6 +37,8 @@ AS_IT_IS = (
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
+VERSION = "{version}"  # in a command of the user's
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -83,6 +85,9 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
     if sum(x is not None for x in (contract, command, case)) != 1:
         raise MoecheckError("give either --contract ENTRY[:property], --case ID --backend B, or --command CMD")
     source = Source(index, None if wheelhouse is None else wheelhouse.absolute(), tuple(allow or ()))
+    if command is not None and axis is None and wheelhouse is None and VERSION not in command:
+        told = f"write {VERSION} where the version belongs, or say with --axis release that it is to run over the overlays"
+        raise MoecheckError(f"--command {command!r} does the same for every version: {told}")
     item, terms = subject(case, backend, platform, tuple(plugin or ()), limit)
     chosen = None
     if case is not None or axis is not None or wheelhouse is not None:

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Column, Table
 
 from harness import __version__, config
 from harness.backends import discover
@@ -29,16 +28,16 @@ def command(plugin: Plugins = None) -> None:
         OUT.print(f"[yellow]no configs/platforms/{device.arch}.yaml; there are: {', '.join(known)}[/yellow]")
     libraries = sorted({b.library for b in found.values()} | {"torch", "triton", "flashinfer-python", "vllm"})
     OUT.print(", ".join(f"{name} {version(name) or '-'}" for name in libraries))
-    OUT.print(_backend_table(found, tuple(plugin or ())))
+    _tell_backends(found, tuple(plugin or ()))
 
 
-def _backend_table(found: dict[str, Backend], plugins: tuple[str, ...]) -> Table:
-    table = Table(Column("backend", no_wrap=True), "here", "recipes", "what it is / why not", header_style="bold")
+def _tell_backends(found: dict[str, Backend], plugins: tuple[str, ...]) -> None:
+    """Two lines each: a reason is too long for a column of a table, and in a log there is no wider terminal."""
     with tempfile.TemporaryDirectory(prefix="moecheck-") as logs, Supervisor(detect(), plugins, Path(logs), 120.0) as worker:
         for name, backend in sorted(found.items()):
             support, _ = worker.probe(name)
             if support.ok and backend.archs and detect().arch not in backend.archs:
                 support = type(support).no("arch", f"needs {' or '.join(backend.archs)}")
-            here = "[green]yes[/green]" if support.ok else "[yellow]no[/yellow]"
-            table.add_row(name, here, ", ".join(backend.recipes), escape(backend.summary if support.ok else support.reason))
-    return table
+            here = "[green]yes[/green]" if support.ok else "[yellow]no[/yellow] "
+            OUT.print(f"{here} [bold]{escape(name)}[/bold]: {escape(', '.join(backend.recipes))}")
+            OUT.print(f"    {backend.summary if support.ok else support.reason}", markup=False)

@@ -38,6 +38,7 @@ def command(  # noqa: PLR0913 - typer turns parameters into options
         path = target(name, output, platform == ALL)
         asked: dict[str, Any] = {"platform": name, "tier": tier or "smoke"}
         asked |= {"backends": backend or [], "ops": op or [], "cases": case or [], "plugins": plugin or []}
+        asked["partly"] = platform == ALL
         try:
             made = plan_files.kept(where, asked, partial(_made, asked, durations or []), note)
         except SelectionError as error:
@@ -85,4 +86,5 @@ def _made(asked: dict[str, Any], durations: list[Path]) -> plan_files.Text:
     from harness.cli_shards import written
 
     filters = (asked[name] for name in ("backends", "ops", "cases", "plugins"))
-    return written(plan_of(request_of(asked["platform"], asked["tier"], *filters), here=False), durations)
+    request = request_of(asked["platform"], asked["tier"], *filters)
+    return written(plan_of(request, here=False, partly=asked["partly"]), durations)

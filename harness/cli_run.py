@@ -79,8 +79,9 @@ def request_of(platform: str | None, tier: str | None, *filters: list[str] | Non
     return Request(platform or detected_platform(), tier or "smoke", backends, ops, cases, plugins, limit_s)
 
 
-def plan_of(request: Request, here: bool = True) -> Plan:
-    """Expand the request, on this machine's device or, for `list`, on the one the platform file describes."""
+def plan_of(request: Request, here: bool = True, partly: bool = False) -> Plan:
+    """Expand the request, on this machine's device or, for `list`, on the one the platform file describes. partly: see
+    plan.make."""
     device = device_of(request.platform) if here else plan.device_named(config.platform(request.platform))
     rows = plan_cache.cached(paths.plans(), note)
-    return plan.make(request, discover(request.plugins), device, rows=rows)
+    return plan.make(request, discover(request.plugins), device, rows=rows, partly=partly)

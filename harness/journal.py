@@ -49,13 +49,19 @@ class Journal:
         return {Item(v.case_id, v.subject) for v in verdicts}
 
     def append(self, verdict: Verdict) -> None:
-        """Write and fsync one verdict; a case already recorded is our bug, not another line."""
+        """Write and fsync one verdict, or RunFolderError; a case already recorded is our bug, not another line."""
         item = Item(verdict.case_id, verdict.subject)
         assert item not in self.done, f"{item} is already in {self.path}"
         line = (json.dumps(verdict.to_json(), allow_nan=False) + "\n").encode()
-        while line:  # a write may be short
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        whole = os.fstat(self._descriptor).st_size
+        try:
+            while line:  # a write may be short
+                line = line[os.write(self._descriptor, line) :]
+            os.fsync(self._descriptor)
+        except OSError as error:  # half a line, were another to follow, would make the whole journal unreadable
+            os.truncate(self._descriptor, whole)
+            go_on = f"then moecheck run --resume {self.path.parent}"
+            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; make room, {go_on}") from error
         self.done.add(item)
 
     def close(self) -> None:

@@ -123,10 +123,16 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 
 def make(
-    request: Request, backends: Mapping[str, Backend], device: Device, root: Path = config.ROOT, rows: Cover = cover
+    request: Request,
+    backends: Mapping[str, Backend],
+    device: Device,
+    root: Path = config.ROOT,
+    rows: Cover = cover,
+    partly: bool = False,
 ) -> Plan:
     """Expand a request; UnknownName for a wrong name, SelectionError when nothing is left. A case given by its id is
-    planned for the backends that take it, or for the named ones whatever they say. rows: `cover` or its cached twin."""
+    planned for the backends that take it, or for the named ones whatever they say. rows: `cover` or its cached twin.
+    partly: of several patterns or ops some may find nothing, as on one of all platforms."""
     tier = config.tier(request.tier, root)
     subjects = chosen(request.backends, backends)
     cases = [Case.parse(case) for case in request.cases if "*" not in case]
@@ -135,8 +141,12 @@ def make(
     if len(cases) < len(request.cases) or not cases:
         items += _planned(request, subjects, device, root, rows)
     items = [item for item in dict.fromkeys(items) if _wanted(item, request)]
-    if not items:
-        raise SelectionError(f"nothing to run: no case of tier {tier.name} on {request.platform} passes the filters {request}")
+    asked = [f"--case {text}" for text in request.cases if not any(fnmatchcase(i.case_id, text) for i in items)]
+    asked += [f"--op {op}" for op in request.ops if not any(i.case_id.startswith(f"{op}.") for i in items)]
+    if not items or (asked and not partly):  # one of several that finds nothing would be missed by nobody
+        filters = [*asked, *(f"--backend {name}" for name in request.backends)]
+        what = f"no case of tier {tier.name} on {request.platform} is what is asked for by {', '.join(filters) or 'the tier'}"
+        raise SelectionError(f"nothing to run: {what}; moecheck list --cases prints those that there are")
     replay = (tier.replay_runs, tier.replay_s)
     return Plan(request, request.limit_s or tier.limit_s, tuple(items), tier.checks, tier.repeats, replay)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -146,7 +146,7 @@ def verdict(request: pytest.FixtureRequest) -> Verdict:
     try:
         judged = session_of(request.config).judge(item)
     except MoecheckError as error:
-        pytest.exit(f"moecheck: {error}", returncode=USER_ERROR)
+        _stop(request, f"moecheck: {error}")
     if distributed.worker_input(request.config) is not None:
         request.node.user_properties.append((distributed.PROPERTY, json.dumps(judged.to_json())))
     request.config.hook.pytest_moecheck_verdict(verdict=judged)
@@ -155,6 +155,14 @@ def verdict(request: pytest.FixtureRequest) -> Verdict:
     if outcome(judged) is Outcome.KNOWN:
         pytest.xfail(f"known issue {judged.known}: {judged.status} {judged.reason}")
     return judged
+
+
+def _stop(request: pytest.FixtureRequest, text: str) -> NoReturn:
+    """End the whole run. A worker of pytest-xdist that just left would be an error of its controller's, without the text."""
+    if distributed.worker_input(request.config) is None:
+        pytest.exit(text, returncode=USER_ERROR)
+    request.session.shouldstop = text
+    pytest.fail(text, pytrace=False)
 
 
 class Hooks:

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from harness import journal, pooled, run_info, sanitized
 from harness.backends import discover
 from harness.case import Case
-from harness.errors import Incomplete, MoecheckError, PluginError
+from harness.errors import Incomplete, MoecheckError, PluginError, RunFolderError
 from harness.executed import Reach, Ways, ran
 from harness.known import Outcome, outcome
 from harness.plan import Plan, Request
 from harness.plan import grid as grid_of
 from harness.report import coverage, junit, markdown
-from harness.report.table import summary
+from harness.report.table import MIN_WIDTH, summary
 from harness.report.text import explain, line
 from harness.session import device_of, shard_of
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SUITES = Path(__file__).resolve().parent.parent / "suites"
 SHOWN_FAILURES = 20
+OURS = "moecheck: "
 NIGHTLY = "nightly"  # the tier that is there to judge everything
 STRENGTHS = (2, 3)  # pairs and triples: what the tiers promise
 
@@ -65,8 +66,9 @@ class _Watcher:
             self.errors.append(report.longreprtext)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        if isinstance(excinfo.value, pytest.exit.Exception):
-            self.stopped = str(excinfo.value.msg).removeprefix("moecheck: ")
+        text = str(excinfo.value)  # pytest.exit's, or that of a worker which stopped its session
+        if text.startswith(OURS):
+            self.stopped = text.removeprefix(OURS)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -112,11 +114,15 @@ def execute(plan: Plan, folder: Path, out: Console, err: Console, manner: Manner
         return 3
     verdicts = journal.read(folder)
     missing = len(mine.items) - len(verdicts)
-    info = run_info.read(folder) or run_info.RunInfo(
-        run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
-    )  # a folder of an older release
-    run_info.write(folder, info.stopped(time.monotonic() - started, whole=not missing))
-    publish(mine, verdicts, folder, out)
+    try:
+        info = run_info.read(folder) or run_info.RunInfo(
+            run_info.now(), plan.request.platform, plan.request.tier, plan.digest, revision=run_info.revision()
+        )  # a folder of an older release
+        run_info.write(folder, info.stopped(time.monotonic() - started, whole=not missing))
+        publish(mine, verdicts, folder, out)
+    except OSError as error:
+        again = f"every verdict is in {journal.NAME}; make room, then moecheck run --resume {folder}"
+        raise RunFolderError(f"{folder}: cannot be written: {error.strerror}; {again}") from error
     if watcher.errors:
         err.print("moecheck itself failed:\n" + watcher.errors[0], markup=False, style="red")
         return 3
@@ -226,9 +232,11 @@ def _report(verdicts: list[Verdict], reached: dict[str, list[Ways]], folder: Pat
         out.print(f"note on {verdict.subject}:{verdict.case_id}: {note.text}", markup=False, style="yellow")
     if len(groups[Outcome.RED]) > SHOWN_FAILURES:
         out.print(f"... and {len(groups[Outcome.RED]) - SHOWN_FAILURES} more failures in {folder / journal.NAME}", markup=False)
-    width = shutil.get_terminal_size((140, 40)).columns
+    width = max(MIN_WIDTH, shutil.get_terminal_size((200, 40)).columns)
     table = Console(width=width, highlight=False, file=out.file, force_terminal=out.is_terminal)
-    table.print(summary(verdicts, _versions(verdicts)))
+    table.print(summary(verdicts, _versions(verdicts), width))
+    if verdicts and len(groups[Outcome.SKIPPED]) == len(verdicts):
+        out.print("NOTHING RAN: every case was skipped; no failure is not a pass", style="bold yellow")
     skips = sorted({(v.subject, v.reason) for v in groups[Outcome.SKIPPED]})
     for subject, reason in skips[:SHOWN_FAILURES]:
         out.print(f"skipped {subject}: {reason}", markup=False)

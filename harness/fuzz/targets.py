@@ -24,7 +24,7 @@ from harness.fuzz.mutate import BYTES, CASE_TOKENS, VALUES, altered, inserted, j
 from harness.journal import Journal
 from harness.known import mark, outcome
 from harness.report import junit
-from harness.report.table import summary
+from harness.report.table import MIN_WIDTH, summary
 from harness.report.text import explain, line
 from harness.select import Item
 from harness.verdict import Comparison, Diagnosis, Finding, Sample, Stage, Status, Verdict
@@ -113,7 +113,7 @@ class Targets:
             raise AssertionError("half a last line is still there: the next verdict would be glued to it")
         for verdict in verdicts:
             explain(verdict), line(verdict), outcome(verdict)
-        summary(verdicts, {})
+        summary(verdicts, {}, MIN_WIDTH)
         junit.write(self.folder / "junit.xml", plan.load(self.folder).items, verdicts)
 
     def _spoil_plan(self, random: Random) -> Attempt:

@@ -32,6 +32,8 @@ def explain(verdict: Verdict) -> str:
     if outcome(verdict) is Outcome.GONE:
         lines.append(f"known issue {verdict.known} no longer fails: remove it from configs/known_issues.yaml")
     lines += [f"{verdict.status} {verdict.subject} on {verdict.case_id} (stage {verdict.stage}, {verdict.seconds:.2f} s)"]
+    if outcome(verdict) is Outcome.KNOWN:
+        lines.append(f"  known issue {verdict.known}, which a run excuses: moecheck known says what it is")
     if verdict.reason:
         lines.append(f"  {verdict.reason}")
     lines += [f"  {finding.check}: {finding.text}" for finding in verdict.findings if finding.text not in verdict.reason]

@@ -323,6 +323,13 @@ def test_the_command_line_bisects_and_tells(moecheck: Callable[..., Any], tmp_pa
     assert "give either" in moecheck("bisect", FLASHINFER, "--good", "0.5.3", "--bad", "newest").err
 
 
+def test_a_command_that_hears_of_no_version_is_refused(moecheck: Callable[..., Any]) -> None:
+    """A typo in {version}: the same program ran 63 times on nothing that changes, and then nothing could be told."""
+    answer = moecheck("bisect", FLASHINFER, "--good", "0.6.13", "--bad", "0.6.16", "--command", "true {versoin}")
+    assert answer.code == 3
+    assert "does the same for every version: write {version}" in answer.err
+
+
 def test_the_command_line_bisects_a_command_both_ways(moecheck: Callable[..., Any], tmp_path: Path) -> None:
     """Introduced in 0.6.16, fixed in 0.6.16.post3, as the script says; it fails seven of ten times."""
     script = tmp_path / "try.py"

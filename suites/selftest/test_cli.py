@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from harness import cli, cli_run, config, plan
+from harness import cli, cli_run, config, journal, plan
 from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
@@ -129,9 +131,12 @@ def test_a_plugin_that_breaks_its_contract_is_named(
     refused(moecheck("list", "--plugin", str(file), "--case", CASE, "--backend", "torch_grouped_mm"), str(file), *hints)
 
 
-@pytest.mark.parametrize("probe", ["lambda device: True", "lambda device: 1 / 0"])
-def test_a_plugin_that_lies_in_the_child_is_named_by_run_too(moecheck: Call, tmp_path: Path, probe: str) -> None:
-    """The suite ends without a word when pytest has no terminal: exit code 3 alone does not say which plugin."""
+@pytest.mark.parametrize(
+    ("probe", "jobs"), [("lambda device: True", "1"), ("lambda device: 1 / 0", "1"), ("lambda device: True", "2")]
+)
+def test_a_plugin_that_lies_in_the_child_is_named_by_run_too(moecheck: Call, tmp_path: Path, probe: str, jobs: str) -> None:
+    """The suite ends without a word when pytest has no terminal: exit code 3 alone does not say which plugin. A process of
+    several that leaves is an assertion that fails in pytest-xdist."""
     file = tmp_path / "liar.py"
     file.write_text(HEAD + f"BACKENDS = (replace(B[0], name='liar', probe={probe}),)")
     arguments = (
@@ -145,10 +150,42 @@ def test_a_plugin_that_lies_in_the_child_is_named_by_run_too(moecheck: Call, tmp
         "cpu",
         "--out",
         str(tmp_path / "out"),
+        "--jobs",
+        jobs,
     )
     answer = moecheck("run", *arguments)
     assert answer.code == 3
     assert "backend liar: probe()" in answer.err
+    assert "INTERNALERROR" not in answer.out + answer.err
+
+
+PROGRAM = [sys.executable, "-c", "from harness.cli import main; main()"]
+
+
+def test_a_reader_that_leaves_ends_no_run(tmp_path: Path) -> None:
+    """`moecheck run -v | head`: rich leaves with 1, a kernel failed, and the cases that are left have no verdict."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*PROGRAM, "run", *GOOD, "-v", "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    error = process.communicate(timeout=120)[1]
+    assert (process.returncode, error) == (0, b"")
+    assert len(journal.read(folder)) == 1
+    assert (folder / "summary.md").exists()
+
+
+def test_an_output_that_is_full_is_a_sentence() -> None:
+    """A traceback of 40 lines says neither what was full nor what to do."""
+    with Path("/dev/full").open("wb") as full:
+        answer = subprocess.run(
+            [*PROGRAM, "contracts", "show", "flashinfer-python", "newest"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert answer.returncode == 3
+    assert answer.stderr.startswith("moecheck: ")
+    assert "No space left" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -238,7 +275,15 @@ def test_doctor_shows_every_backend_and_the_reason_of_a_no(moecheck: Call, tmp_p
     answer = moecheck("doctor", "--plugin", str(file))
     assert answer.code == 0
     assert all(name in answer.out for name in (*discover(), "away", "torch", "platform"))
-    assert "x[cpu]" in answer.out.replace("\n", "")
+    assert "    pip install x[cpu]\n" in answer.out, "whole, on a line of its own: a table of 80 columns cut it"
+
+
+def test_a_run_of_skips_alone_says_that_nothing_ran(moecheck: Call, tmp_path: Path) -> None:
+    """A broken install of a library gives a table of zeros and exit code 0, as a clean run does."""
+    skipped = CASE.replace("bf16", "nvfp4")
+    answer = moecheck("run", "-b", "torch_grouped_mm", "--case", skipped, "--platform", "cpu", "--out", str(tmp_path / "a"))
+    assert "NOTHING RAN: every case was skipped" in answer.out
+    assert "NOTHING RAN" not in moecheck("run", *GOOD, "--out", str(tmp_path / "b")).out
 
 
 def test_repro_of_a_passing_case_is_clean(moecheck: Call) -> None:

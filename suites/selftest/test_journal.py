@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -144,6 +145,26 @@ def test_a_short_write_does_not_tear_a_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
     recorded(tmp_path, failed(0), failed(1))
     assert read(tmp_path) == [failed(0), failed(1)]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once somebody makes room the next verdict would be glued to it, and nothing of the run could be read again."""
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) <= 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:-100])
+
+    journal = Journal(tmp_path)
+    journal.append(failed(0))
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RunFolderError, match=r"No space left.*--resume"):
+        journal.append(failed(1))
+    monkeypatch.setattr(os, "write", write)
+    journal.append(failed(2))
+    journal.close()
+    assert read(tmp_path) == [failed(0), failed(2)]
 
 
 @pytest.mark.parametrize(

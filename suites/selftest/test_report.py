@@ -14,7 +14,7 @@ from rich.console import Console
 
 from harness.known import Outcome, outcome
 from harness.report import junit
-from harness.report.table import COLUMNS, summary
+from harness.report.table import COLUMNS, SPARED, summary
 from harness.report.text import explain, line
 from harness.select import Item
 from harness.verdict import Comparison, Diagnosis, Finding, Sample, Stage, Status, Verdict
@@ -49,10 +49,29 @@ def written(folder: Path, planned: list[Item], verdicts: list[Verdict]) -> xml.E
     return suite
 
 
-def rendered(verdicts: list[Verdict]) -> str:
-    console = Console(file=io.StringIO(), width=200, highlight=False)
-    console.print(summary(verdicts, {"ours": "lib 1.0"}))
+def rendered(verdicts: list[Verdict], width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(summary(verdicts, {"ours": "lib 1.0"}, width))
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 100, 130, 200])
+def test_the_table_of_a_narrow_terminal_leaves_columns_out_and_says_which(width: int) -> None:
+    """Squeezed into the 80 columns that a terminal has when it opens, every word was a column of single letters."""
+    verdicts = [replace(v, subject=name) for v in EVERY for name in ("ours", "a_backend_of_twenty_nine_chars")]
+    text = rendered(verdicts, width)
+    for word in ("a_backend_of_twenty_nine_chars", "passed", "failed", "known", "skipped"):
+        assert f" {word} " in text
+    left_out = " ".join(text.partition("no room for ")[2].split())
+    assert all((f"┃ {name} " in text) == (name not in left_out) for name in SPARED if name != "recipes")
+    assert ("no room for" in text) == (width < 200)
+    assert "0 verdicts" in rendered([], width)
+
+
+def test_a_known_failure_is_called_known_where_it_is_explained() -> None:
+    """The run's report gives the line that reproduces it: who follows it read of an unexplained failure."""
+    assert "known issue still-there, which a run excuses" in explain(EVERY[-1])
+    assert "excuses" not in explain(verdict_of(Status.WRONG))
 
 
 def test_junit_has_one_testcase_per_planned_case(tmp_path: Path) -> None:

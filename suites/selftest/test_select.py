@@ -85,11 +85,20 @@ def test_a_plan_is_the_same_every_time() -> None:
         ({"cases": ("moe.bf16.t1",)}, CaseError, "does not parse"),
         ({"cases": ("moe.fp5*",)}, SelectionError, "nothing to run"),
         ({"ops": ("gemm",)}, SelectionError, "nothing to run"),
+        ({"cases": ("moe.bf16*", "moe.fp5*")}, SelectionError, r"nothing to run.* by --case moe.fp5\*; moecheck list"),
+        ({"ops": ("moe", "rotue")}, SelectionError, "nothing to run.* by --op rotue; moecheck list"),
     ],
 )
 def test_a_wrong_selection_is_refused(changes: dict[str, object], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         plan.make(request(**changes), discover(), Device("cpu", "cpu"))
+
+
+def test_one_of_all_platforms_may_lack_one_of_several_patterns() -> None:
+    asked = request(cases=("moe.bf16*", "moe.fp5*"))
+    assert plan.make(asked, discover(), Device("cpu", "cpu"), partly=True).items
+    with pytest.raises(SelectionError):
+        plan.make(request(cases=("moe.fp5*",)), discover(), Device("cpu", "cpu"), partly=True)
 
 
 def test_a_named_case_goes_to_the_backends_that_take_it() -> None:
