@@ -166,7 +166,7 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
     if case.exact and not torch.equal(rounded, value):
         rows.inexact.append("rounding changes the sum over experts")
     one_less = routing.weights.clone()
-    one_less[:, -1] = 0
+    one_less[:, case.routed.top_k - 1] = 0  # the least of the routed ones: a fused shared expert counts more
     sampled = _sampled(inputs)
     impostors = {"zeros": torch.zeros_like(value), "dropped_slot": finalize(per_token(rows.row), one_less)}
     return Expected(
