@@ -28,7 +28,7 @@ SHARED = (
         "(trtllm_fused_moe_routing_deepseek.cu)",
     ),
     _fused(
-        "kimi_k2", "Kimi-K2 config.json: n_shared_experts 1, n_group 1; vLLM's fused slot weighs 1 unless the output is scaled"
+        "kimi_k2", "Kimi-K2 config.json: n_shared_experts 1, n_group 1; vLLM: weight 1 unless the output is scaled"
     ),
     _fused("renormalize", "HunYuanMoEV1Moe of transformers: softmax over the selected, shared_mlp of the experts' size"),
 )
