@@ -79,7 +79,8 @@ class Inputs:
     experts] float32, bias [routed experts] float32 or None: all but fused shared ones; topk_ids [tokens, top_k] int64 and
     topk_weights [tokens, top_k] float32 as the reference routes them, for kernels that do not route. Another op's x and
     logits: harness/op_fills.py. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order;
-    biases, float32 or None: `gate_up_bias(e)`, `down_bias(e)`. recorded: somebody else's tensors, which the case's id does not say.
+    biases, float32 or None: `gate_up_bias(e)`, `down_bias(e)`. recorded: somebody else's tensors, which no id
+    says.
     """
 
     recorded: ClassVar[bool] = False

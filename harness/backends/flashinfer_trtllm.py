@@ -6,7 +6,7 @@ What each entry point is handed is packed in _trtllm_packs.py; its twins are in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from harness.backends._flashinfer import accepting
@@ -16,6 +16,7 @@ from harness.backends.base import Backend, Launch
 from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.entry import needs
 from harness.inputs import Inputs
+from reference.activation import ACTIVATIONS
 from reference.formats import get
 from reference.rounding import Rounding
 
@@ -248,7 +249,15 @@ def backend(family: Family, form: str) -> Backend:
 
 
 SHARING = ("fp8_block", "fp4")  # num_fused_shared_experts: since FlashInfer 0.6.15 and 0.6.17
+
+
+def exactly(family: Family) -> Family:
+    """The activations that can be asked exactly: of grouped routing nothing else is asked (`grouped`)."""
+    kept = {recipe: tuple(a for a in known if ACTIVATIONS[a].exact) for recipe, known in family.activations.items()}
+    return replace(family, activations=kept)
+
+
 BACKENDS = (
     *(backend(family, form) for family in FAMILIES for form in ("", "routed")),
-    *(backend(family, "shared") for family in FAMILIES if family.name in SHARING),
+    *(backend(exactly(family), "shared") for family in FAMILIES if family.name in SHARING),
 )

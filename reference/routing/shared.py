@@ -27,8 +27,6 @@ SHARED = (
         "DeepSeek-V3 config.json: n_shared_experts 1; FlashInfer >= 0.6.15 num_fused_shared_experts: id num_experts, weight 1 "
         "(trtllm_fused_moe_routing_deepseek.cu)",
     ),
-    _fused(
-        "kimi_k2", "Kimi-K2 config.json: n_shared_experts 1, n_group 1; vLLM: weight 1 unless the output is scaled"
-    ),
+    _fused("kimi_k2", "Kimi-K2 config.json: n_shared_experts 1, n_group 1; vLLM: weight 1 unless the output is scaled"),
     _fused("renormalize", "HunYuanMoEV1Moe of transformers: softmax over the selected, shared_mlp of the experts' size"),
 )

@@ -15,6 +15,7 @@ from harness.backends._flashinfer import accepting
 from harness.backends.base import CPU, Device
 from harness.backends.flashinfer_trtllm import BACKENDS
 from harness.case import Case
+from harness.dump.trtllm import read_trtllm
 from harness.entry import planting, twins
 from harness.inputs import make_inputs
 from harness.pipeline import Options, run
@@ -112,6 +113,12 @@ def test_the_library_refuses(recipe: str, other: dict[str, Any], error: type[Exc
     function, named = called(case_of(recipe))
     with pytest.raises(error, match=words):
         function(**{**named, **other})
+
+
+def test_a_recorded_call_with_a_shared_expert_is_not_read() -> None:
+    _, named = called(case_of("mxfp4"))
+    with pytest.raises(NotImplementedError, match="num_fused_shared_experts"):
+        read_trtllm("trtllm_fp4_block_scale_moe", named)
 
 
 def test_a_routed_form_is_handed_the_shared_slot_like_any_other() -> None:
