@@ -32,6 +32,7 @@ from reference.routing import RULES
 MAX_ID = 300  # characters: a file name holds 255 of them, and Python reads numbers of 4300 digits at most
 MAX_EXPERTS = 2048  # FlashInfer trtllm-gen routing kernels stop there
 MAX_EXACT_SCALE = 7  # the numerator of a routed scaling factor (2.5 = 5/2): three of the eight bits of a bf16
+MAX_SHARED = 16  # units of a shared slot: with fewer terms (harness/exact.py) sums stay below the 256 that a bf16 holds
 LEAST_QUANTISED = 4  # columns of a row that shares one scale: peak, two constant features (harness/exact.py), one value
 MAX_ELEMENTS = 2**31  # of one expert's weight matrix: the input hash counts elements in 32 bits
 
@@ -180,9 +181,16 @@ class Case:
         return self.fill not in ("real", "edges")
 
     @property
+    def routed(self) -> Shape:
+        """The sizes as the router sees them: without fused shared experts and their slots."""
+        shared = RULES[self.routing].shared
+        return replace(self.shape, experts=self.shape.experts - shared, top_k=self.shape.top_k - shared)
+
+    @property
     def scaled(self) -> bool:
-        """Does the routing rule multiply its weights by a factor of its own?"""
-        return RULES[self.routing].scale.as_integer_ratio()[0] > 1
+        """May routing weights of the exact fill be other than equal shares of 1?"""
+        rule = RULES[self.routing]
+        return rule.scale.as_integer_ratio()[0] > 1 or rule.shared > 0
 
     @property
     def axes(self) -> dict[str, int | str]:
@@ -269,8 +277,8 @@ def _fill(case: Case) -> str | None:
 
 
 def _half(case: Case) -> str | None:
-    if case.skew == "half" and (case.shape.experts < 2 * case.shape.top_k or RULES[case.routing].groups[0] > 1):
-        return "skew half wants experts >= 2 * top_k and an ungrouped routing rule"
+    if case.skew == "half" and (case.routed.experts < 2 * case.routed.top_k or RULES[case.routing].groups[0] > 1):
+        return "skew half wants routed experts >= 2 * top_k and an ungrouped routing rule"
     return None
 
 
@@ -283,11 +291,13 @@ def _exact_activation(case: Case) -> str | None:
 def _exact_weights(case: Case) -> str | None:
     if not case.exact:
         return None
-    if case.shape.top_k & (case.shape.top_k - 1):
-        return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {case.shape.top_k}"
-    if RULES[case.routing].scale.as_integer_ratio()[0] > MAX_EXACT_SCALE:
-        return f"the exact fill wants a routed scaling factor of few bits, {case.routing} has {RULES[case.routing].scale}"
-    return None
+    rule, top_k = RULES[case.routing], case.routed.top_k
+    if top_k & (top_k - 1):
+        return f"the exact fill wants a power of two as top_k (weights 1/top_k), got {top_k}{' routed' if rule.shared else ''}"
+    routed, shared = rule.units(case.shape.top_k)
+    if routed > MAX_EXACT_SCALE:
+        return f"the exact fill wants a routed scaling factor of few bits, {case.routing} has {rule.scale}"
+    return None if shared <= MAX_SHARED else f"the exact fill has no room for a shared slot of weight 1 beside {top_k} others"
 
 
 def _exact_middle(case: Case) -> str | None:
@@ -323,7 +333,7 @@ def _plain_experts(case: Case) -> str | None:
 
 def _weighted_input(case: Case) -> str | None:
     """Where a weight does not depend on its logit, one place of multiplying looks like another."""
-    if case.weighting == "oninput" and (case.shape.experts == 1 or (case.shape.top_k == 1 and RULES[case.routing].alone)):
+    if case.weighting == "oninput" and (case.routed.experts == 1 or (case.routed.top_k == 1 and RULES[case.routing].alone)):
         return f"oninput: {case.routing} gives a lone expert one weight for every token: nothing shows where it is applied"
     return None
 
@@ -351,6 +361,10 @@ def _op_elements(case: Case) -> str | None:
 def _one_type(case: Case) -> str | None:
     ok = case.recipe == Recipe.parse(case.recipe.weights) and _plain(case.recipe.weights)
     return None if ok else f"recipe {case.recipe}: wanted one plain type"
+
+
+def _no_slot(case: Case) -> str | None:
+    return f"{case.routing}: a router has no shared expert; ask the layer" if RULES[case.routing].shared else None
 
 
 def limits_of(op: str) -> tuple[Limit, ...]:
@@ -381,5 +395,6 @@ OP_LIMITS = {
     "route": (
         *(*_SIZES, Limit(("recipe",), _one_type), Limit(("routing", "experts", "top_k"), _top_k)),
         *(Limit(("skew", "routing", "experts", "top_k"), _half), Limit(("fill", "routing", "top_k"), _exact_weights)),
+        Limit(("routing",), _no_slot),
     ),
 }

@@ -26,6 +26,7 @@ from harness.idcode import own_columns
 from reference.activation import ACTIVATIONS, SATURATED
 from reference.format import Quantized
 from reference.formats import get
+from reference.routing import RULES
 
 X_ENTRIES = 24  # spans of a row at most: enough to reach most neurons, few enough to keep spans wide
 LEAST_SPAN = 4  # columns
@@ -34,6 +35,7 @@ TERM_BUDGET = 6.0  # down-projection terms per output over all experts: 4 % of t
 # A routed scaling factor of 5/2 takes three of a bf16's eight bits: sums below 52 units. With smaller terms and fewer of
 # them the largest of two million is 36, and 9 % are zero.
 SCALED_TERM_BUDGET = 4.0
+SCALED_UNITS = 5  # what a slot weighs there; a shared expert that weighs more has fewer terms, and the others with it
 ACTIVE = 0.45  # share of neurons with a non-zero product: 0.38 where an up row is live in one span, 0.50 ungated
 DOWN_GROUPS = (8, 4, 2)  # columns of which a down row has at most one entry: the widest that reaches the wanted density
 BIASED = 8  # one neuron in so many has a bias for its gate, another for its up, one output a bias of 1, another of -1
@@ -152,6 +154,7 @@ class ExactLayer:
         """[hidden, inter] each, of 0, 1 and -1."""
         shape, streams = self.case.shape, self.streams("down", experts)
         budget = SCALED_TERM_BUDGET if self.case.scaled else TERM_BUDGET
+        budget *= min(1.0, SCALED_UNITS / max(1, RULES[self.case.routing].units(shape.top_k)[1]))
         density = budget / (ACTIVE * shape.inter * shape.top_k)
         group = next((g for g in DOWN_GROUPS if density * g <= 1), DOWN_GROUPS[-1])
         words = streams.fields(shape.hidden, -(-shape.inter // group), 32)

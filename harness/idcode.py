@@ -52,7 +52,8 @@ class IdLayer:
     def largest(self) -> int:
         """The largest code value: its double is on the weights' grid, and top_k products of it are exact in the output."""
         element = get(self.case.recipe.weights).element
-        each = self.case.shape.top_k * RULES[self.case.routing].scale.as_integer_ratio()[0]
+        routed, shared = RULES[self.case.routing].units(self.case.shape.top_k)
+        each = self.case.routed.top_k * routed + shared
         for n in LARGEST:
             product = 2 * n if self.gated else n + 1
             if product * each <= HELD and fills.on_grid(element, [float(i * p) for i in range(n + 1) for p in (1, 2)]):

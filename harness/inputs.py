@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -77,12 +77,12 @@ class Inputs:
     """The tensors of a case on one device.
 
     x [tokens, hidden] in the recipe's carrier dtype, fixed points of the acts format where that is quantised; x_scale: what
-    that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, experts]
-    float32; bias [experts] float32 or None; topk_ids [tokens, top_k] int64 and topk_weights [tokens, top_k] float32 as the
-    reference routes them, for kernels that do not route. Another op's x and logits: harness/op_fills.py. Weights by expert:
-    `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order, copies each time: a subject may write to what it
-    was handed; `stored(e)` -> all three, for who only reads; biases, float32 or None: `gate_up_bias(e)`,
-    `down_bias(e)`. recorded: somebody else's tensors, which the case's id does not say.
+    that format is handed if its scaling is `static` (encode sense, a power of two), else None; logits [tokens, routed
+    experts] float32, bias [routed experts] float32 or None: all but fused shared ones; topk_ids [tokens, top_k] int64 and
+    topk_weights [tokens, top_k] float32 as the reference routes them, for kernels that do not route. Another op's x and
+    logits: harness/op_fills.py. Weights by expert: `gate_up(e)` -> (gate, up or None), `down(e)`, Quantized in logical order,
+    copies each time: a subject may write to what it was handed; `stored(e)` -> all three, for who only reads; biases, float32
+    or None: `gate_up_bias(e)`, `down_bias(e)`. recorded: somebody else's tensors, which no id says.
     """
 
     recorded: ClassVar[bool] = False
@@ -194,9 +194,14 @@ class Inputs:
 
     def _down(self, experts: Sequence[int]) -> list[tuple[Quantized | None, ...]]:
         shape = self.case.shape
-        rms = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS
-        drawn = self._exact.down(experts) if self.case.exact else self._real("down", experts, (shape.hidden, shape.inter), rms)
-        return [(down,) for down in drawn]
+        if self.case.exact:
+            return [(down,) for down in self._exact.down(experts)]
+        rms, size = math.sqrt(shape.top_k / shape.inter) / MIDDLE_RMS, (shape.hidden, shape.inter)
+        routed = [e for e in experts if e < self.case.routed.experts]
+        # As loud as a routed expert times its weight: in the rounding of a shared expert's rows a routed slot would be lost.
+        quiet = rms * RULES[self.case.routing].scale / self.case.routed.top_k
+        parts = (routed, rms), (experts[len(routed) :], quiet)
+        return [(down,) for part, level in parts if part for down in self._real("down", part, size, level)]
 
     def gate_up_bias(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         """What one expert adds to its sums of GEMM 1, float32 [inter] for gate and up; None for what there is not."""
@@ -259,19 +264,19 @@ def _stream(case: Case, device: str, variant: str) -> Stream:
 def make_inputs(case: Case, device: str = "cpu", variant: str = "") -> Inputs:
     """The inputs of `case`. `variant` names another draw of x and logits for the same weights."""
     stream = _stream(case, device, variant)
-    shape = case.shape
     x, x_scale = _x(case, stream.child("x"))
-    logits = _logits(case, stream.child("logits"))
+    router = replace(case, shape=case.routed)  # a fused shared expert has no logit
+    logits = _logits(router, stream.child("logits"))
     if case.op == "route":
         logits = op_fills.logits(case, logits)
     bias = None
     if RULES[case.routing].biased:
-        draw = stream.child("bias").fields(1, shape.experts, 16)[0]
+        draw = stream.child("bias").fields(1, case.routed.experts, 16)[0]
         bias = (draw - (1 << 15)).float() / (1 << 18)
         if case.fill == "real":
             bias -= BIAS_SHIFT
         if case.skew == "hot" and case.fill == "real":
-            bias[case.seed % shape.experts] = HOT_BIAS
+            bias[case.seed % case.routed.experts] = HOT_BIAS
     return Inputs(case, device, x, logits, bias, x_scale)
 
 

@@ -153,13 +153,15 @@ class Inside:
         """Other routing weights on the right rows."""
         ids, weights = self.weights
         logits = self.layer.inputs.logits.cpu()[study.tokens].double()
+        routed = self.layer.case.routed.top_k
+        chosen, fused = ids[:, :routed], weights[:, routed:]
         ways = {
             "not applied": torch.ones_like(weights),
             "applied twice": weights.square(),
-            "not renormalised (softmax over all experts)": logits.softmax(-1).gather(1, ids),
-            "not renormalised (sigmoid)": logits.sigmoid().gather(1, ids),
+            "not renormalised (softmax over all experts)": torch.cat((logits.softmax(-1).gather(1, chosen), fused), 1),
+            "not renormalised (sigmoid)": torch.cat((logits.sigmoid().gather(1, chosen), fused), 1),
             "renormalised to a sum of 1": weights / weights.sum(-1, keepdim=True),
-            "softmax over the chosen experts": logits.gather(1, ids).softmax(-1),
+            "softmax over the chosen experts": torch.cat((logits.gather(1, chosen).softmax(-1), fused), 1),
             "in reverse order of the slots": weights.flip(-1),
             "those of a token's first slot in all its slots": weights[:, :1].expand_as(weights),
         }

@@ -135,7 +135,7 @@ class Misrouted:
         inputs, rule = self.layer.inputs, RULES[self.layer.case.routing]
         at = self.tokens.to(inputs.device)
         scores = rule.scores(inputs.logits[at], inputs.bias)[0].cpu()
-        return rule.weigh(scores.gather(-1, ids)) * rule.scale
+        return rule.weights(scores, ids)
 
     def _strange(self, ids: Tensor, weights: Tensor) -> bool:
         """Whether in every row experts that were not chosen carry a fair share of the error."""

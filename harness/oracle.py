@@ -16,15 +16,17 @@ from harness.mistakes import guarding
 from harness.op_answers import answer
 from harness.ratio import Baseline, assumed_rounding
 from harness.whatif import Bystander, Layer, Loader, experts_of, spread
-from reference.activation import ACTIVATIONS
+from reference.activation import ACTIVATIONS, Activation
 from reference.bounds import finalize_variance, independent_errors, middle_error, row_variance
 from reference.exactness import ACCUMULATORS, exact_in_any_order
 from reference.experts import ExpertPass, ExpertWeights, forward
+from reference.grid import FP32
 from reference.moe import Experts, finalize
 from reference.rounding import Rounding
 from reference.routing import Routing
 
 MAX_SAMPLED = 64  # tokens at which an impostor must be caught: one tile of rows
+NEARLY = 2.0**-10  # of a spacing of fp32: silu(32) is 1e-7 of one away from 32
 AMBIGUOUS_MARGIN = 2.0**-20  # of a selection score near 1 in fp32: closer than this, either expert is a right answer
 
 
@@ -107,6 +109,7 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
             rows.baseline[mine] = group.rows(forward(done.x, weights, activation, inside).row)
         bystander.see(group)
         if case.exact:
+            rows.inexact += _unsaturated(activation, done.gate)
             rows.inexact += _moved(rounding, {"gate_up": (done.gate, done.up), "middle": (done.middle,), "row": (done.row,)})
             rows.inexact += _overflows(rounding.accumulate, done, weights)
     if case.exact:
@@ -180,10 +183,13 @@ def _assemble(case: Case, inputs: Inputs, rounding: Rounding, rows: _Accumulated
 
 
 def _without_experts(case: Case, inputs: Inputs, rows: _Accumulated) -> dict[str, Tensor]:
-    """The impostors [n, hidden] that leave out experts: all, and the last of each token."""
-    row = rows.row.view(case.shape.tokens, case.shape.top_k, case.shape.hidden)[_sampled(inputs)]
-    weights = _combining(inputs)[_sampled(inputs)]
-    return {"zeros": torch.zeros_like(row[:, 0]), "dropped_slot": finalize(row[:, :-1], weights[:, :-1])}
+    """The impostors [n, hidden] that leave out experts: all, and the least of the routed ones, as a fused shared expert
+    counts more."""
+    sampled = _sampled(inputs)
+    row = rows.row.view(case.shape.tokens, case.shape.top_k, case.shape.hidden)[sampled]
+    weights = _combining(inputs)[sampled].clone()
+    weights[:, case.routed.top_k - 1] = 0
+    return {"zeros": torch.zeros_like(row[:, 0]), "dropped_slot": finalize(row, weights)}
 
 
 def _independent(inputs: Inputs, rows: _Accumulated) -> Tensor:
@@ -224,6 +230,13 @@ def _moved(rounding: Rounding, points: dict[str, tuple[Tensor | None, ...]]) -> 
         for point, values in points.items()
         if any(v is not None and not torch.equal(rounding.at(point, v), v) for v in values)
     ]
+
+
+def _unsaturated(activation: Activation, gate: Tensor) -> list[str]:
+    """Where act(gate) is neither 0 nor nearly the gate: kernels that work in fp32, and round nothing else, may differ there."""
+    activated = activation.scalar(gate)
+    moved = (activated != 0) & ((activated - gate).abs() > FP32.ulp(gate) * NEARLY)
+    return ["the activation rounds"] if bool(moved.any()) else []
 
 
 def _overflows(accumulate: str, done: ExpertPass, weights: ExpertWeights) -> list[str]:

@@ -115,13 +115,13 @@ class Relabelled(Inputs):
 
 
 def relabelled(inputs: Inputs) -> Inputs:
-    """Experts in reverse order within their group, logits and bias with them."""
-    experts, groups = inputs.case.shape.experts, RULES[inputs.case.routing].groups[0]
-    order = torch.arange(experts).view(groups, -1).flip(1).flatten()
+    """Experts in reverse order within their group, logits and bias with them; a fused shared one stays the last."""
+    routed, groups = inputs.case.routed.experts, RULES[inputs.case.routing].groups[0]
+    order = torch.arange(routed).view(groups, -1).flip(1).flatten()
     bias = None if inputs.bias is None else inputs.bias[order.to(inputs.bias.device)]
     given = {f.name: getattr(inputs, f.name) for f in fields(Inputs)}
     given |= {"logits": inputs.logits[:, order.to(inputs.logits.device)].contiguous(), "bias": bias}
-    return Relabelled(**given, order=tuple(order.tolist()))
+    return Relabelled(**given, order=(*order.tolist(), *range(routed, inputs.case.shape.experts)))
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,3 @@ def mapped_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
 def on_rank(routing: Routing, offset: int, count: int) -> Routing:
     """The routing as one rank computes it: local ids, the weights of all slots unchanged."""
     return replace(routing, ids=local_ids(routing.ids, offset, count))
-
-
-def with_shared(routing: Routing, experts: int, shared: int, weight: float = 1.0) -> Routing:
-    """Fused shared experts as extra slots: ids experts, experts + 1, ... for every token. weight is 1, or
-    1 / routed_scaling_factor where the whole output is scaled afterwards (vLLM) and in FlashInfer's hash_topk."""
-    extra = torch.arange(experts, experts + shared, device=routing.ids.device).expand(len(routing.ids), shared)
-    weights = routing.weights.new_full(extra.shape, weight)
-    return replace(routing, ids=torch.cat((routing.ids, extra), -1), weights=torch.cat((routing.weights, weights), -1))

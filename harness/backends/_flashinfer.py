@@ -41,6 +41,18 @@ def known(function: Callable[..., Any], **options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if name in parameters}
 
 
+def accepting(entry: str, parameter: str, *entries: str) -> Callable[[Device], Support]:
+    """A probe: are the functions there, and has `entry`, one of them, a parameter of that name?"""
+
+    def probe(device: Device) -> Support:
+        support = needs(*entries)(device)
+        if not support.ok or known(resolve(entry, device.kind), **{parameter: None}):
+            return support
+        return Support.no("library", f"{entry} of the installed release has no {parameter}")
+
+    return probe
+
+
 def built(module: str, *entries: str) -> Callable[[Device], Support]:
     """A probe: are the functions there, and is the module that they load compiled? `{arch}` in its name stands for "90". The
     first call would compile it otherwise, fused_moe_90 from 242 CUDA files for hours, which a verdict would call a hang."""

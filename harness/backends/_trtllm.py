@@ -47,6 +47,7 @@ METHODS = {
     "sigmoid_renorm": Method("SigmoidRenorm"),
     "minimax2": Method("MiniMax2"),
 }
+FUSED = {"deepseek_v3_shared": METHODS["deepseek_v3"]}  # the only method whose kernel writes the shared slots
 MEMBERS = {
     "swiglu": "Swiglu",
     "swiglu_oai": "Swiglu",  # with alpha, beta and a clamp
@@ -166,18 +167,21 @@ def step_buffers(inputs: Inputs, routed: bool) -> dict[str, Tensor]:
 
 def layer_arguments(library: Library, case: Case, local: range, routed: bool) -> dict[str, object]:
     """Sizes, this rank's experts and the routing method."""
-    method = Method(UNROUTED) if routed else METHODS[case.routing]
+    method = Method(UNROUTED) if routed else {**METHODS, **FUSED}[case.routing]
     groups = method.groups or (None, None)
+    shape = case.shape if routed else case.routed  # who routes counts no shared experts; who is handed ids counts all
+    shared = case.shape.experts - shape.experts
     return {
-        "num_experts": case.shape.experts,
-        "top_k": case.shape.top_k,
+        "num_experts": shape.experts,
+        "top_k": shape.top_k,
         "n_group": groups[0],
         "topk_group": groups[1],
-        "intermediate_size": case.shape.inter,
+        "intermediate_size": shape.inter,
         "local_expert_offset": local.start,
-        "local_num_experts": len(local),
+        "local_num_experts": len(local) - shared,
         "routed_scaling_factor": method.scale,
         "routing_method_type": library.member("RoutingMethodType", method.member).value,
+        **({"num_fused_shared_experts": shared} if shared else {}),
     }
 
 

@@ -6,15 +6,17 @@ What each entry point is handed is packed in _trtllm_packs.py; its twins are in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from harness.backends._trtllm import METHODS, MOE, Packed, bind, gated
+from harness.backends._flashinfer import accepting
+from harness.backends._trtllm import FUSED, METHODS, MOE, Packed, bind, gated
 from harness.backends._trtllm_packs import bf16, fp4, fp8_block, fp8_tensor, mxint4
 from harness.backends.base import Backend, Launch
 from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.entry import needs
 from harness.inputs import Inputs
+from reference.activation import ACTIVATIONS
 from reference.formats import get
 from reference.rounding import Rounding
 
@@ -65,6 +67,7 @@ def activated(family: Family, case: Case) -> str | None:
 COMPILED = {"default": (256, 8), "sigmoid": (256, 8), "sigmoid_renorm": (256, 8), "topk": (256, 8), "topk_sigmoid": (256, 8)}
 COMPILED |= {"renormalize": (2048, 32), "renormalize_naive": (2048, 32), "minimax2": (1024, 32), "kimi_k2": (1024, 32)}
 COMPILED |= {"llama4": (128, 1), "deepseek_v3": (512, 22)}  # their own kernels: MaxSupportedExperts, MaxNumTopExperts
+COMPILED |= {"deepseek_v3_shared": (512, 22)}
 TIER = "no compiled tier: PolicyTraits::Pairs of RoutingCustomPolicy.cuh"
 
 
@@ -78,9 +81,9 @@ def tier(case: Case) -> str | None:
 
 def grouped(case: Case) -> str | None:
     """The routing kernel that knows groups: trtllm_fused_moe_routing_deepseek.cu."""
-    if case.routing != "deepseek_v3":
+    if case.routing not in ("deepseek_v3", *FUSED):
         return None
-    experts = case.shape.experts
+    experts = case.routed.experts
     if experts % 4 or experts // 8 > 32:
         return f"{experts} experts: wants a multiple of 4, at most 32 a group (trtllm_fused_moe_routing_deepseek.cu)"
     if case.fill == "real":
@@ -88,9 +91,10 @@ def grouped(case: Case) -> str | None:
     return None
 
 
-def fp8_block_routing(case: Case) -> str | None:
-    """Fp8BlockScaleLauncher::check_routing."""
-    experts, top_k = case.shape.experts, case.shape.top_k
+def fp8_block_routing(form: str, case: Case) -> str | None:
+    """Fp8BlockScaleLauncher::check_routing, of what the library is told: without num_fused_shared_experts all are routed."""
+    told = case.routed if form == "shared" else case.shape
+    experts, top_k = told.experts, told.top_k
     if experts % 4 or experts <= top_k:
         return (
             f"{experts} experts, top {top_k}: wants a multiple of 4 and more than top_k (Fp8BlockScaleLauncher::check_routing)"
@@ -100,10 +104,10 @@ def fp8_block_routing(case: Case) -> str | None:
 
 def fp8_block_logits(case: Case) -> str | None:
     """The same, of routing by the method DeepSeekV3; half of 8 groups are selected, or the only one there is."""
-    if METHODS[case.routing].groups is None:
+    if {**METHODS, **FUSED}[case.routing].groups is None:
         return None
-    selectable = case.shape.experts // (2 if case.routing == "deepseek_v3" else 1)
-    if case.shape.top_k > 8 or case.shape.top_k >= selectable:
+    selectable = case.routed.experts // (1 if case.routing == "kimi_k2" else 2)
+    if case.routed.top_k > 8 or case.routed.top_k >= selectable:
         return "top_k must be at most 8 and less than the experts of selected groups (Fp8BlockScaleLauncher::check_routing)"
     return None
 
@@ -188,8 +192,9 @@ def most_experts(case: Case) -> str | None:
     return None if case.shape.top_k <= MOST_TOP_K else f"top_k must be at most {MOST_TOP_K} (MaxSupportedTopExperts)"
 
 
-def limits(family: Family, routed: bool) -> tuple[Limit, ...]:
+def limits(family: Family, form: str) -> tuple[Limit, ...]:
     """What this form of the entry point refuses."""
+    routed = form == "routed"
     found = [
         Limit(("top_k",), most_experts),
         Limit(("recipe", "hidden", "inter", "activation"), partial(aligned, family)),
@@ -198,40 +203,61 @@ def limits(family: Family, routed: bool) -> tuple[Limit, ...]:
     if len(family.weightings) > 1:
         found += [Limit(("weighting", "top_k", "activation", "routing"), partial(weighted_input, routed))]
     if family.name == "fp8_block":
-        found += [Limit(("experts", "top_k"), fp8_block_routing)]
+        told = ("experts", "top_k", *(["routing"] if form == "shared" else []))
+        found += [Limit(told, partial(fp8_block_routing, form))]
         found += [Limit(("tokens",), some_tokens)] if routed else [Limit(("routing", "experts", "top_k"), fp8_block_logits)]
     if not routed:
         found += [Limit(("routing", "experts", "top_k"), tier), Limit(("routing", "experts", "fill"), grouped)]
     return tuple(found)
 
 
-def backend(family: Family, routed: bool) -> Backend:
-    """The backend of one form of an entry point."""
+FORMS = {
+    "": "routing in the kernel",
+    "routed": "routing decided before, packed",
+    "shared": "routing in the kernel, num_fused_shared_experts",
+}
+
+
+def backend(family: Family, form: str) -> Backend:
+    """The backend of one form of an entry point, a key of FORMS."""
+    routed = form == "routed"
     name = f"trtllm_{family.kind}_{'routed_' if routed else ''}moe"
     entries = (f"{MOE}.{name}", *HELPERS)
     exempt = {"out_strided": "finalize writes rows one after another whatever the strides (trtllm_fused_moe_dev_kernel.cu)"}
     if any(get(recipe.split("-")[-1]).scaling is not None for recipe in family.activations if "-" in recipe):
         exempt["graph"] = "x is quantised by torch operators that read the host's answer"
     return Backend(
-        name=f"flashinfer_trtllm_{family.name}{'_routed' if routed else ''}",
+        name=f"flashinfer_trtllm_{family.name}{form and '_'}{form}",
         library="flashinfer-python",
         deterministic=True,
         recipes=tuple(family.activations),
         activations=tuple(dict.fromkeys(a for known in family.activations.values() for a in known)),
-        routings=() if routed else tuple(METHODS),
+        routings={"": tuple(METHODS), "routed": (), "shared": tuple(FUSED)}[form],
         archs=("sm100", "sm103"),
         rounding=rounding,
-        probe=needs(*entries),
-        limits=limits(family, routed),
+        probe=accepting(entries[0], "num_fused_shared_experts", *entries) if form == "shared" else needs(*entries),
+        limits=limits(family, form),
         biases=family.biases,
         weightings=family.weightings,
         prepare=partial(prepare, name, family),
         exempt=exempt,
-        expert_parallel=True,
+        expert_parallel=form != "shared",  # _validate_fused_shared_experts
         entries=entries,
         twinned=True,
-        summary=f"{name}: {'routing decided before, packed' if routed else 'routing in the kernel'}; TRT-LLM-gen cubins",
+        summary=f"{name}: {FORMS[form]}; TRT-LLM-gen cubins",
     )
 
 
-BACKENDS = tuple(backend(family, routed) for family in FAMILIES for routed in (False, True))
+SHARING = ("fp8_block", "fp4")  # num_fused_shared_experts: since FlashInfer 0.6.15 and 0.6.17
+
+
+def exactly(family: Family) -> Family:
+    """The activations that can be asked exactly: of grouped routing nothing else is asked (`grouped`)."""
+    kept = {recipe: tuple(a for a in known if ACTIVATIONS[a].exact) for recipe, known in family.activations.items()}
+    return replace(family, activations=kept)
+
+
+BACKENDS = (
+    *(backend(family, form) for family in FAMILIES for form in ("", "routed")),
+    *(backend(exactly(family), "shared") for family in FAMILIES if family.name in SHARING),
+)

@@ -124,6 +124,8 @@ def read_trtllm(name: str, arguments: Mapping[str, Any]) -> Layer:
     kind = name.removeprefix("trtllm_").removesuffix("_moe").removesuffix("_routed")
     a = bound(ENTRIES[f"{MOE}.{name}"], arguments)
     checks.arguments(a, biased=kind == "fp4_block_scale")
+    if routing.shared(a):
+        raise NotImplementedError("num_fused_shared_experts")
     member = ActivationType(getattr(a, "activation_type", ActivationType.Swiglu))
     checks.per_expert(a, *(n for n in vars(a) if n.startswith("output") and n.endswith("_scalar")), *_parameters(a))
     given = KINDS[kind](a, member.is_gated)

@@ -24,6 +24,8 @@ no code shared with any kernel. Every row names the source of its rule and who e
   made the float8 casts saturate. Rounding is to nearest, ties to even, saturating, unless a format's row says otherwise.
 * A format is logical; where bytes lie is a layout's business. `global scale` is the encode-sense factor (448 * 6 / amax).
 * Routing rules carry names, never numbers; equal scores go to the lower index; a routing carries the margin to the next expert.
+* `*_shared` rules fuse a shared expert: the last expert, taken by every token in a slot of its own with weight 1. Experts and
+  top_k count it, logits do not have it, and it is as wide as the others.
 * The layer runs one expert after another, only those that received tokens. `reference/moe.py` names each rounding point.
 * Error bounds (`reference/bounds.py`): a grid of spacing u adds u**2 / 12; fp32 sums of K terms add
   what a random walk conditioned on its end adds; errors of gate and up pass its partial derivatives. What formats with scales

@@ -10,9 +10,10 @@ from reference.routing.flat import FLAT
 from reference.routing.grouped import GROUPED
 from reference.routing.keys import select_by_key, sort_keys
 from reference.routing.legal import legal
-from reference.routing.rule import Routing, Rule, Slack, select
+from reference.routing.rule import Routing, Rule, Slack, select, with_shared
+from reference.routing.shared import SHARED
 from reference.routing.softplus import SOFTPLUS, hash_topk
 
-RULES = {rule.name: rule for rule in (*FLAT, *GROUPED, *SOFTPLUS)}
+RULES = {rule.name: rule for rule in (*FLAT, *GROUPED, *SOFTPLUS, *SHARED)}
 
-__all__ = ["RULES", "Routing", "Rule", "Slack", "hash_topk", "legal", "select", "select_by_key", "sort_keys"]
+__all__ = ["RULES", "Routing", "Rule", "Slack", "hash_topk", "legal", "select", "select_by_key", "sort_keys", "with_shared"]

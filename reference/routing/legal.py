@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,13 @@ from reference.routing.rule import Rule, keep_groups, select
 def legal(rule: Rule, logits: Tensor, bias: Tensor | None, ids: Tensor, delta: float | None = None) -> Tensor:
     """[tokens] bool: do ids [tokens, top_k] hold distinct experts, none of them further than delta below an expert that
     was left out, out of groups that could have been kept within delta? delta None is the rule's own slack. Order within
-    a token does not matter; NaN scores rank as +inf, so which NaN is taken does not either."""
+    a token does not matter; NaN scores rank as +inf, so which NaN is taken does not either. A fused shared expert must be
+    there once."""
+    if rule.shared:
+        ids = ids.sort(-1).values
+        due = logits.shape[-1] + torch.arange(rule.shared, device=ids.device)
+        routed = legal(replace(rule, shared=0), logits, bias, ids[:, : -rule.shared], delta)
+        return routed & (ids[:, -rule.shared :] == due).all(-1)
     _, selection = rule.scores(logits, bias)
     selection = selection.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     experts, top_k = selection.shape[-1], ids.shape[-1]

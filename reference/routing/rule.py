@@ -6,7 +6,7 @@ Everything in float64. Equal scores go to the lower expert index, as trtllm-gen 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Rule:
     """A routing rule. score(logits) -> scores [tokens, experts]; a bias is added for the selection only; weigh(scores of
     the selected) -> weights [tokens, top_k], times `scale`. `groups`: (number of expert groups, groups kept), a group
     scoring the sum of its two best experts, or its best one if not `pairs`. `slack` covers the kernels known to compute
-    it. `bias_dtype`: what the bias is rounded to first, None for not at all."""
+    it. `bias_dtype`: what the bias is rounded to first, None for not at all. `shared`: how many of a token's top_k slots are
+    fused shared experts (reference/routing/shared.py), which no score selects: logits and bias are of the routed experts."""
 
     name: str
     score: Callable[[Tensor], Tensor]
@@ -55,15 +56,31 @@ class Rule:
     scale: float = 1.0
     slack: Slack = Slack(ulps=1.0)
     bias_dtype: torch.dtype | None = None
+    shared: int = 0
 
     def __call__(self, logits: Tensor, bias: Tensor | None, top_k: int) -> Routing:
-        """Route logits [tokens, experts] (any float dtype); bias [experts] iff `biased`. Logits are compared as given:
-        those of a kernel that works in bf16 come as bf16, and their ties are ties."""
+        """Route logits [tokens, routed experts] (any float dtype); bias [routed experts] iff `biased`. Logits are compared as
+        given: those of a kernel that works in bf16 come as bf16, and their ties are ties."""
         scores, biased = self.scores(logits, bias)
         masked, group_margin = self.mask(biased)
-        ids, margin = select(masked, top_k)
+        ids, margin = select(masked, top_k - self.shared)
         weights = self.weigh(scores.gather(-1, ids)) * self.scale
-        return Routing(ids, weights, torch.minimum(margin, group_margin))
+        routing = Routing(ids, weights, torch.minimum(margin, group_margin))
+        return with_shared(routing, logits.shape[-1], self.shared) if self.shared else routing
+
+    def weights(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """[tokens, k] float64: what experts ids [tokens, k] would count with, given the scores [tokens, routed experts]: the
+        routed ones by the rule, as if no other slot were there, a shared one 1."""
+        shared = ids >= scores.shape[-1]
+        never = self.score(scores.new_tensor([[0.0, -torch.inf]]))[0, 1]  # adds nothing to a sum or a softmax
+        chosen = scores.gather(-1, ids.clamp(max=scores.shape[-1] - 1)).masked_fill(shared, never)
+        return torch.where(shared, 1.0, self.weigh(chosen) * self.scale)
+
+    def units(self, top_k: int) -> tuple[int, int]:
+        """Weights of a routed and of a shared slot (0: there is none) where the routed ones are equal shares of `scale`, as
+        integers on their common grid."""
+        factor, denominator = self.scale.as_integer_ratio()
+        return factor, denominator * (top_k - self.shared) if self.shared else 0
 
     @property
     def alone(self) -> bool:
@@ -97,15 +114,27 @@ class Rule:
         return keep_groups(selection, keep), margin
 
     def problem(self, experts: int, top_k: int) -> str | None:
-        """Why this rule cannot route such a shape, or None."""
+        """Why this rule cannot route such a shape, or None. Both numbers count the shared experts."""
+        if min(experts, top_k) <= self.shared:
+            return f"{self.name} wants a routed expert and a slot for it beside {self.shared} shared, got {experts} and {top_k}"
         total, kept = self.groups
+        experts, top_k = experts - self.shared, top_k - self.shared
         if total == 1:
             return None
         if experts % total or experts // total < 2:
-            return f"{self.name} wants experts in {total} equal groups of at least 2, got {experts}"
+            beside = f" routed beside {self.shared} shared" if self.shared else ""
+            return f"{self.name} wants experts in {total} equal groups of at least 2, got {experts}{beside}"
         if top_k > kept * (experts // total):
             return f"{self.name} keeps {kept} groups of {experts // total} experts, too few for top_k {top_k}"
         return None
+
+
+def with_shared(routing: Routing, experts: int, shared: int, weight: float = 1.0) -> Routing:
+    """Fused shared experts as extra slots: ids experts, experts + 1, ... for every token. weight is 1, or
+    1 / routed_scaling_factor where the whole output is scaled afterwards (vLLM) and in FlashInfer's hash_topk."""
+    extra = torch.arange(experts, experts + shared, device=routing.ids.device).expand(len(routing.ids), shared)
+    weights = routing.weights.new_full(extra.shape, weight)
+    return replace(routing, ids=torch.cat((routing.ids, extra), -1), weights=torch.cat((routing.weights, weights), -1))
 
 
 def keep_groups(selection: Tensor, keep: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference.dispatch import permuted_maps, to_k_major, to_token_major
-from reference.expert_parallel import local_ids, mapped_ids, on_rank, with_shared
+from reference.expert_parallel import local_ids, mapped_ids, on_rank
 from reference.packed_topk import decode, encode, encode_sign_extended
-from reference.routing import RULES
+from reference.routing import RULES, with_shared
 
 
 def packed_of(expert: int, weight: float, dtype: torch.dtype = torch.bfloat16) -> int:

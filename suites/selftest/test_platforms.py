@@ -27,7 +27,7 @@ BACKENDS = discover()
 ENTRIES = {c.entry for p in PLATFORMS.values() for c in p.contracts} | {e for b in BACKENDS.values() for e in b.entries}
 FOLDERS = ("fused_moe", "gemm", "quantization", "grouped_mm")  # of FlashInfer: all its source takes minutes to parse
 MODELS = ("mixtral_8x7b", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b", "gpt_oss_20b", "gpt_oss_120b", "llama4_scout")
-MODELS += ("llama4_maverick", "kimi_k2", "minimax_m2")
+MODELS += ("llama4_maverick", "kimi_k2", "minimax_m2", "deepseek_v3_shared", "kimi_k2_shared")
 
 
 @pytest.fixture(params=NAMES)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness import variants
 from harness.backends.base import CPU, Backend, Device, Launch
 from harness.case import Case, Limit
 from harness.inputs import Inputs, make_inputs
 from harness.memory import HUGE, NAN, RED_ZONE, RedZones, held, poisoned
+from harness.oracle import expect
 from harness.pipeline import Options, run
 from harness.relations import CHECKS, _refuses, chosen, step
 from harness.twins.aligned import AlignedMoe
@@ -343,3 +345,19 @@ def test_a_part_that_the_backend_refuses_is_not_asked() -> None:
     )
     assert run(CASE, refusing, CPU, options=Options()).status is Status.PASSED
     assert run(CASE, replace(refusing, limits=()), CPU, options=Options()).status is Status.CRASHED
+
+
+@pytest.mark.parametrize(
+    ("case_id", "factor"),
+    [
+        ("moe.fp32.t1.h256.i160.e4.k4.renormalize.silu.standard.idcode.s0", 2.0**-20),  # nearly a float32, and yet
+        ("moe.fp32.t3.h64.i32.e4.k1.renormalize.swiglu.standard.exact.s0", 2.0**-6),
+    ],
+)
+def test_bits_are_not_due_where_the_activation_rounds(case_id: str, factor: float) -> None:
+    """Tokens made tiny leave the saturated gates, and nothing narrower than fp32 is declared that would say so."""
+    case = Case.parse(case_id)
+    inputs = make_inputs(case)
+    assert expect(case, inputs, Rounding()).exact
+    tiny = expect(case, variants.scaled_rows(inputs, factor), Rounding(), guard=False)
+    assert (tiny.exact, tiny.reason) == (False, "the activation rounds")

@@ -182,6 +182,8 @@ DATA = {  # bias, (groups, kept), two best per group, scale, slack; a rule not l
     "minimax2": (True, (1, 1), True, 1, SIGMOID_SLACK),
     "deepseek_v3": (True, (8, 4), True, 2.5, SIGMOID_SLACK),
     "kimi_k2": (True, (1, 1), True, 2.827, SIGMOID_SLACK),
+    "deepseek_v3_shared": (True, (8, 4), True, 2.5, SIGMOID_SLACK),
+    "kimi_k2_shared": (True, (1, 1), True, 2.827, SIGMOID_SLACK),
     "deepseek_v2": (False, (8, 3), False, 16, SOFTMAX_SLACK),
     "deepseek_v4": (True, (1, 1), True, 1.5, Slack(absolute=1 / 2048, relative=1 / 262144)),
     **{
@@ -202,6 +204,7 @@ def test_the_numbers_of_a_rule_are_those_of_its_source(name: str) -> None:
     got = (rule.biased, rule.groups, rule.pairs, rule.scale, rule.slack)
     assert got == DATA.get(name, (False, (1, 1), True, 1, Slack(ulps=1)))
     assert rule.bias_dtype is None
+    assert rule.shared == int(name.endswith("_shared"))
 
 
 def test_small_scores_are_normalised_too() -> None:

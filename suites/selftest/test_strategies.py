@@ -31,12 +31,14 @@ def axes(backend: str, platform: str = "cpu") -> dict[str, list[int | str]]:
     return plan.platform_axes(config.platform(platform), config.tier("ci"), backend)
 
 
-def drawn(backend: str, recipe: str, device: Device = CPU) -> list[Case]:
-    """Forty cases; Hypothesis itself fails where more than a few are rejected, or where drawing is slow."""
+def drawn(backend: str, recipe: str, device: Device = CPU, draws: int = 40) -> list[Case]:
+    """So many cases; Hypothesis itself fails where more than a few are rejected, or where drawing is slow."""
     strategy = cases(axes(backend, device.arch), BACKENDS[backend], device, recipe)
     assert strategy is not None
     found: list[Case] = []
-    STRICT(given(strategy)(lambda case: found.append(case)))()  # Hypothesis wants a function of its own
+    settings(STRICT, max_examples=draws)(
+        given(strategy)(lambda case: found.append(case))
+    )()  # Hypothesis wants a function of its own
     return found
 
 
@@ -63,7 +65,7 @@ def test_every_drawn_case_is_legal(backend: str, recipe: str, device: Device) ->
 def test_what_no_plan_lists_is_drawn() -> None:
     """A plan's levels are what everybody tries."""
     levels = axes("torch_grouped_mm")
-    found = drawn("torch_grouped_mm", "bf16")
+    found = drawn("torch_grouped_mm", "bf16", draws=300)
     for axis in SIZES:
         assert {case.axes[axis] for case in found} - set(levels[axis]), axis
     for axis in ("routing", "fill", "skew"):

@@ -145,6 +145,49 @@ def test_deepseek_v3(seed: int) -> None:
         check(block(x[None])[0], x, routing, experts)
 
 
+def fused(block: torch.nn.Module, shared: torch.nn.Module, experts: int) -> Experts:
+    """The block's experts and its shared one behind them, none beside them."""
+    return Experts(
+        experts + 1, lambda e: concatenated(*expert(block, e)) if e < experts else mlp(shared), ACTIVATIONS["swiglu"]
+    )
+
+
+@pytest.mark.parametrize(("rule", "groups", "kept"), [("deepseek_v3", 8, 4), ("kimi_k2", 1, 1)])
+def test_deepseek_v3_with_its_shared_expert_fused(rule: str, groups: int, kept: int) -> None:
+    """One more slot of weight 1 is the shared MLP: the block's numbers, and those of our layer with the MLP beside it."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=HIDDEN, moe_intermediate_size=INTER, n_routed_experts=16, num_local_experts=16, num_experts_per_tok=4,
+        n_group=groups, topk_group=kept, n_shared_experts=1, routed_scaling_factor=RULES[rule].scale, norm_topk_prob=True,
+    )  # fmt: skip
+    block = randomized(modeling.DeepseekV3MoE(config), 5)
+    x = inputs(5)
+    logits, _, ids = block.gate(x)
+    bias = block.gate.e_score_correction_bias
+    routing = RULES[f"{rule}_shared"](logits.detach(), bias, 5)
+    beside = RULES[rule](logits.detach(), bias, 4)
+    assert same_choice(ids, beside)
+    with torch.no_grad():
+        experts = fused(block, block.shared_experts, 16)
+        check(block(x[None])[0], x, routing, experts)
+        alone = Experts(16, experts.weights, experts.activation, shared=experts.weights(16))
+        assert torch.allclose(moe(x, routing, experts), moe(x, beside, alone), rtol=1e-12, atol=1e-12)
+
+
+def test_hunyuan_with_its_shared_expert_fused() -> None:
+    from transformers.models.hunyuan_v1_moe import modeling_hunyuan_v1_moe as modeling
+
+    config = transformers.HunYuanMoEV1Config(hidden_size=HIDDEN, intermediate_size=INTER, num_experts=EXPERTS, moe_topk=TOP_K)
+    block = randomized(modeling.HunYuanMoEV1Moe(config), 6)
+    x = inputs(6)
+    logits, _, ids = block.gate(x)
+    routing = RULES["renormalize_shared"](logits.detach(), None, TOP_K + 1)
+    assert same_choice(ids, RULES["renormalize"](logits.detach(), None, TOP_K))
+    with torch.no_grad():
+        check(block(x[None])[0], x, routing, fused(block, block.shared_mlp, EXPERTS))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_gpt_oss(seed: int) -> None:
     from transformers.models.gpt_oss import modeling_gpt_oss as modeling

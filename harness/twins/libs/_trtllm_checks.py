@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from harness.twins.libs._trtllm_routing import check
+from harness.twins.libs._trtllm_routing import check, shared
 from harness.twins.libs.flashinfer_enums import ActivationType, RoutingMethodType, SfLayout, WeightLayout
 
-ABSENT: tuple[str, ...] = ("gemm1_lora_delta", "per_token_scale", "num_fused_shared_experts")
+ABSENT: tuple[str, ...] = ("gemm1_lora_delta", "per_token_scale")
 BIASES = ("gemm1_bias", "gemm2_bias")
 ABSENT += ("valid_hidden_size", "valid_intermediate_size")
 PARAMETERS = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
@@ -31,6 +31,7 @@ def arguments(a: SimpleNamespace, biased: bool = False) -> None:
     for name in ABSENT:
         if getattr(a, name, None):
             raise NotImplementedError(f"this twin does not take {name}")
+    _fused(a)
     tokens = a.hidden_states.shape[0]
     check(a.hidden_states.dim() == 2, "hidden_states must be 2D.")
     check(0 < a.top_k <= a.num_experts, "top_k must be between 1 and num_experts")
@@ -53,6 +54,20 @@ def arguments(a: SimpleNamespace, biased: bool = False) -> None:
         hidden = a.hidden_states.shape[1] * (2 if a.hidden_states.dtype == torch.uint8 else 1)
         if tuple(a.output.shape) != (tokens, hidden) or a.output.dtype is not torch.bfloat16:
             raise ValueError(f"output: wanted bf16 {(tokens, hidden)}, got {a.output.dtype} {tuple(a.output.shape)}")
+
+
+def _fused(a: SimpleNamespace) -> None:
+    """_validate_fused_shared_experts: the routing kernel counts from local_expert_offset to the shared experts' rows."""
+    if not shared(a):
+        return
+    if hasattr(a, "topk_ids"):
+        raise NotImplementedError("this twin does not take num_fused_shared_experts where routing was decided before")
+    if a.local_expert_offset != 0 or a.local_num_experts != a.num_experts:
+        text = "Fused shared experts (num_fused_shared_experts > 0) do not yet support expert parallelism"
+        raise ValueError(f"{text}: require local_expert_offset == 0 and local_num_experts == num_experts.")
+    if a.routing_method_type != RoutingMethodType.DeepSeekV3:
+        text = "Fused shared experts (num_fused_shared_experts > 0) are only supported with DeepSeekV3 routing_method_type."
+        raise ValueError(text)
 
 
 def _replay(a: SimpleNamespace, tokens: int) -> None:
@@ -84,13 +99,13 @@ def swiglu_parameters(a: SimpleNamespace) -> None:
 
 
 def per_expert(a: SimpleNamespace, *names: str, required: bool = False) -> None:
-    """float32 [local experts] each, where given."""
+    """float32 [local experts, fused shared ones among them] each, where given."""
     for name in names:
         value = getattr(a, name)
         check(value is not None or not required, f"{name} is required")
         if value is not None:
             check(value.dtype == torch.float32, f"{name} must be float.")
-            check(tuple(value.shape) == (a.local_num_experts,), f"{name} has incorrect dim 0.")
+            check(tuple(value.shape) == (a.local_num_experts + shared(a),), f"{name} has incorrect dim 0.")
 
 
 def biases(a: SimpleNamespace, gated: bool, hidden: int) -> None:
@@ -100,7 +115,8 @@ def biases(a: SimpleNamespace, gated: bool, hidden: int) -> None:
         if bias is not None:
             what = "GEMM1_M" if name == "gemm1_bias" else "hidden_size"
             check(bias.dtype == torch.float32, f"{name} must be float32.")
-            check(tuple(bias.shape) == (a.local_num_experts, rows), f"{name} must have shape [local_num_experts, {what}].")
+            shape = (a.local_num_experts + shared(a), rows)
+            check(tuple(bias.shape) == shape, f"{name} must have shape [local_num_experts, {what}].")
 
 
 def matrices(a: SimpleNamespace, gated: bool, layout: int) -> None:
@@ -117,6 +133,9 @@ def matrices(a: SimpleNamespace, gated: bool, layout: int) -> None:
         given = (stored.shape[2], stored.shape[1] * stored.shape[3]) if blocked else tuple(stored.shape[1:])
         check(given[0] == rows, f"{name} weights M dimension: intermediate_size or hidden_size has incorrect shape.")
         check(given[1] == k, f"{name} weights K dimension must be equal to {k}.")
+        experts = a.local_num_experts + shared(a)
+        text = f"{name} weights dim 0 must be local_num_experts + num_fused_shared_experts."
+        check(not shared(a) or stored.shape[0] == experts, text)
 
 
 def fp8_routing(a: SimpleNamespace) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from harness.twins.libs._trtllm_routing import shared
 from harness.twins.libs._trtllm_weights import Matrix, Weights
 from harness.twins.libs.flashinfer_enums import ActivationType
 from reference.formats import get
@@ -114,18 +115,19 @@ def run(a: SimpleNamespace, x: Tensor, routing: tuple[Tensor, Tensor], weights: 
     """
     ids, expert_weights = routing
     tokens, hidden = x.shape
-    index = torch.full((tokens * a.top_k,), NOWHERE, dtype=torch.int32)
+    top_k = a.top_k + shared(a)
+    index = torch.full((tokens * top_k,), NOWHERE, dtype=torch.int32)
     least = -(-LEAST_BYTES // (2 * hidden))
-    rows = torch.empty(max(padded_rows(tokens, a.top_k, a.num_experts), least), hidden, dtype=torch.bfloat16)
+    rows = torch.empty(max(padded_rows(tokens, top_k, a.num_experts + shared(a)), least), hidden, dtype=torch.bfloat16)
     local = (ids - a.local_expert_offset).flatten()
     first, on_input = 0, getattr(a, "use_routing_scales_on_input", False)
-    for e in range(a.local_num_experts):
+    for e in range(a.local_num_experts + shared(a)):
         slots = (local == e).nonzero().flatten()
         if not len(slots):
             continue
         mine = torch.arange(first, first + len(slots))
         index[slots] = mine.int()
-        total = _plus(x[slots // a.top_k] @ weights.first(e).T, weights.biases[0], e)
+        total = _plus(x[slots // top_k] @ weights.first(e).T, weights.biases[0], e)
         if on_input:
             total = total * expert_weights.flatten()[slots, None].float()
         middle = epilogue.middle(epilogue.activate(total, e))

@@ -23,6 +23,11 @@ TIERS |= {Method.MiniMax2: (1024, 32), Method.DeepSeekV3: (1024, 32)}
 GROUPED = {"experts": 512, "top_k": 22, "groups": 8, "per_group": 32, "kept": 4}  # constants of routing_deepseek.cu
 
 
+def shared(a: SimpleNamespace) -> int:
+    """num_fused_shared_experts: rows of every tensor per expert and slots of a token behind the routed ones."""
+    return getattr(a, "num_fused_shared_experts", None) or 0
+
+
 def check(ok: bool, text: str) -> None:
     """RuntimeError with `text` unless `ok`, as TVM_FFI_ICHECK and FLASHINFER_CHECK raise it."""
     if not ok:
@@ -35,6 +40,8 @@ def route(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     check(method in TIERS, f"Unimplemented routing method {method.name}")
     logits = a.routing_logits.float()
     grouped = method is Method.DeepSeekV3 and (a.n_group or 0) > 1
+    if method is Method.DeepSeekV3 and not grouped:
+        check(shared(a) == 0, "DeepSeek no-groups routing path does not support fusing shared expert")
     if grouped:
         _check_groups(a)
     else:
@@ -69,11 +76,19 @@ def _biased(a: SimpleNamespace, logits: Tensor, grouped: bool) -> tuple[Tensor, 
     ids = _best(selection, a.top_k)[0]
     chosen = sigmoid.gather(-1, ids)
     scale = 1.0 if a.routed_scaling_factor is None else a.routed_scaling_factor
-    return ids, (chosen * scale / (chosen.sum(-1, keepdim=True) + EPSILON)).bfloat16()
+    return _fused(a, ids, (chosen * scale / (chosen.sum(-1, keepdim=True) + EPSILON)).bfloat16())
+
+
+def _fused(a: SimpleNamespace, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """With the slots of fused shared experts, in which every token takes num_experts, num_experts + 1, ... with weight 1."""
+    always = (a.num_experts + torch.arange(shared(a))).expand(len(ids), -1)
+    return torch.cat((ids, always), 1), torch.cat((weights, torch.ones_like(always, dtype=weights.dtype)), 1)
 
 
 def _check_groups(a: SimpleNamespace) -> None:
     limits = GROUPED
+    total = a.num_experts + shared(a)
+    check(total <= limits["experts"], f"Routing kernel expects total experts (routed + fused shared) <= 512, got {total}")
     check(
         a.num_experts <= limits["experts"], f"Routing kernel expects #experts {a.num_experts} <= #threads {limits['experts']}"
     )

@@ -18,7 +18,7 @@ from harness.twins.libs import _trtllm_weights as weights
 from harness.twins.libs._signature import Function, signed
 from harness.twins.libs._trtllm_checks import FP8
 from harness.twins.libs._trtllm_layer import Epilogue
-from harness.twins.libs._trtllm_routing import check
+from harness.twins.libs._trtllm_routing import check, shared
 from harness.twins.libs._trtllm_signatures import SIGNATURES
 from harness.twins.libs.flashinfer_enums import ENUMS, ActivationType, Fp8QuantizationType, WeightLayout
 from reference.grid import E2M1, E4M3, E8M0
@@ -33,7 +33,7 @@ def _routed(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     ids, expert_weights = routing.unpack(a) if hasattr(a, "topk_ids") else routing.route(a)
     replay = getattr(a, "routing_replay_out", None)
     if replay is not None:
-        replay[: len(ids)] = ids.to(torch.int16)
+        replay[: len(ids)] = ids[:, : a.top_k].to(torch.int16)  # fused shared experts are not recorded
     return ids, expert_weights
 
 
@@ -99,7 +99,7 @@ def _deepseek(a: SimpleNamespace) -> list[Tensor]:
     if ActivationType(a.activation_type) is not A.Swiglu:
         raise NotImplementedError("DeepSeekFp8 only supports ActivationType::Swiglu in this runner path.")
     tokens, hidden = a.hidden_states.shape
-    inter, experts = a.intermediate_size, a.local_num_experts
+    inter, experts = a.intermediate_size, a.local_num_experts + shared(a)
     check(inter % TILE_K == 0, "intermediate_size must be a multiple of 128.")
     wanted = {
         "hidden_states_scale": (hidden // 128, tokens),
@@ -149,7 +149,7 @@ def fp4(a: SimpleNamespace) -> list[Tensor]:
         check(getattr(a, name).dtype == torch.uint8, f"{name} must be byte.")
         check(getattr(a, f"{name}_scale").dtype == FP8, f"{name}_scale must be fp8.")
     hidden = a.hidden_states.shape[1] * (2 if a.hidden_states.dtype == torch.uint8 else 1)
-    count = a.local_num_experts * a.intermediate_size * (2 if gated else 1) * hidden
+    count = (a.local_num_experts + shared(a)) * a.intermediate_size * (2 if gated else 1) * hidden
     vector = 32 if count // a.gemm1_weights_scale.numel() > 16 else 16
     check(a.gemm1_weights_scale.numel() >= count // vector, "weight scale tensor too small")
     known = (A.Swiglu, A.Geglu, A.Relu2, A.Identity, A.Situ) + ((A.SwigluStep,) if vector == 16 else ())
