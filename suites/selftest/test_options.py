@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -288,6 +289,17 @@ def test_biases_of_nvfp4_are_in_units_of_accumulators(bias: str, number: str) ->
     for fill in ("real", "exact"):
         verdict = judged(subject, f"moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu.standard.{fill}.bias.s0")
         assert verdict.status is Status.WRONG, verdict.reason
+
+
+def test_our_triton_kernels_multiply_the_sums_of_gemm_1(moecheck: Callable[..., Any], tmp_path: Path) -> None:
+    """Interpreted, in a child; in both cases a weight elsewhere is rejected, or the verdict were UNTRUSTED."""
+    ids = [
+        f"moe.{tail}.standard.real.oninput.s0"
+        for tail in ("fp16.t9.h64.i32.e5.k1.default.swiglu", "nvfp4-fp16.t5.h64.i32.e4.k3.sigmoid.silu")
+    ]
+    chosen = [word for case in ids for word in ("-c", case)]
+    answer = moecheck("run", "-b", "triton_moe", "--platform", "cpu", "--out", str(tmp_path / "run"), *chosen)
+    assert "2 verdicts: 2 passed" in answer.out, answer
 
 
 def test_a_backend_that_does_not_say_so_is_not_asked() -> None:
