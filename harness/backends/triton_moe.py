@@ -51,6 +51,13 @@ def whole_blocks(case: Case) -> str | None:
     return None
 
 
+def shown(case: Case) -> str | None:
+    """max(0, w x) = w max(0, x) for w > 0."""
+    if case.weighting == "oninput" and case.activation in ("relu", "identity"):
+        return f"oninput: {case.activation} passes a factor on, nothing shows on which side of it the weight is applied"
+    return None
+
+
 def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> Launch:
     """Pack the weights and bind the layer to them; `kernels`: another module in the place of _triton_kernels."""
     if kernels is None:
@@ -79,7 +86,7 @@ BACKENDS = (
         archs=("cpu", "sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
         probe=probe,
-        limits=(Limit(("recipe", "hidden", "inter"), whole_blocks),),
+        limits=(Limit(("recipe", "hidden", "inter"), whole_blocks), Limit(("weighting", "activation"), shown)),
         weightings=WEIGHTINGS,
         prepare=prepare,
         exempt={"graph": "the alignment reads the padded size on the host"},

@@ -302,6 +302,15 @@ def test_our_triton_kernels_multiply_the_sums_of_gemm_1(moecheck: Callable[..., 
     assert "2 verdicts: 2 passed" in answer.out, answer
 
 
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_our_triton_kernels_are_not_asked_where_a_weight_on_the_output_looks_the_same(activation: str) -> None:
+    """Judged, such a case is UNTRUSTED: the impostor `weight_on_output` is no other layer."""
+    case = Case.parse(ON_INPUT.replace("bf16", "fp16").replace("swiglu", activation))
+    assert "weight_on_output" in str(untrusted(case, expected(case.id)[1]))
+    assert "passes a factor on" in BACKENDS["triton_moe"].supports(case, CPU).reason
+    assert BACKENDS["triton_moe"].supports(case.vary(activation="silu"), CPU).ok
+
+
 def test_a_backend_that_does_not_say_so_is_not_asked() -> None:
     support = BACKENDS["torch_compile"].supports(Case.parse(BIASED.format("real")), CPU)
     assert not support.ok
