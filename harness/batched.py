@@ -74,7 +74,7 @@ def groups(x: Tensor, routing: Routing, experts: Experts, roundings: Sequence[Ro
 
 def _elementwise(rounding: Rounding) -> bool:
     """Is every rounding point inside an expert a plain element type?"""
-    points = ("x", "product", "gate_up", "activated", "middle", "row")
+    points = ("x", "weighted_x", "product", "gate_up", "activated", "middle", "row")
     return all(step in FLOATS for point in points for step in rounding.steps(point))
 
 

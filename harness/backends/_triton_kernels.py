@@ -19,7 +19,6 @@ KINDS = ("plain", "fp8", "nvfp4", "mxfp4")
 GATED = ("swiglu", "swiglu_oai", "geglu")
 ACTIVATIONS = (*GATED, "silu", "relu", "gelu", "gelu_tanh", "identity")
 SCALE_GROUP = {"mxfp4": 32, "nvfp4": 16}
-TopK = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool]
 CHUNK = 64  # ids one program of the alignment looks at; it compares each with each
 
 
@@ -140,7 +139,6 @@ def _gemm_kernel(
     w_ptr,
     s_ptr,
     f_ptr,
-    t_ptr,
     c_ptr,
     slots_ptr,
     experts_ptr,
@@ -150,15 +148,15 @@ def _gemm_kernel(
     total,
     divisor,
     half,
+    t_ptr,
     FACTORS: tl.constexpr,
     KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """C[slot, n] = factor[e, n >= half] * sum over k of A[slot // divisor, k] * W[e, n, k], e the expert of the block;
-    WEIGHTED: times t[slot]."""
+    times t[slot] unless t_ptr is None, which is no argument at all of what is compiled."""
     block = tl.program_id(0)
     expert = tl.load(experts_ptr + block).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -175,7 +173,7 @@ def _gemm_kernel(
     if FACTORS > 0:
         column = tl.where(n < half, 0, FACTORS - 1)
         acc = acc * tl.load(f_ptr + expert * FACTORS + column, mask=n < N, other=0.0)[None, :]
-    if WEIGHTED:
+    if t_ptr is not None:
         acc = acc * tl.load(t_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
     out = c_ptr + slot.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out, acc.to(c_ptr.dtype.element_ty), mask=live[:, None] & (n[None, :] < N))
@@ -319,10 +317,10 @@ def grouped_gemm(
         factors, columns = weights.factors.contiguous().to(torch.float32), weights.factors.shape[1]
     width = _tile(n, tiles.n, a.is_cuda)
     _gemm_kernel[(padded // routed.block_m, triton.cdiv(n, width))](
-        a.contiguous(), data, scales, factors, data if times is None else times.contiguous(), c,
-        routed.slots, routed.block_expert,
+        a.contiguous(), data, scales, factors, c, routed.slots, routed.block_expert,
         n, k, padded, routed.total, divisor, n // 2 if columns == 2 else n,
-        FACTORS=columns, KIND=weights.kind, WEIGHTED=times is not None,
+        None if times is None else times.contiguous(),
+        FACTORS=columns, KIND=weights.kind,
         BLOCK_M=routed.block_m, BLOCK_N=width, BLOCK_K=_tile(k, tiles.k, a.is_cuda),
         num_warps=tiles.warps,
     )  # fmt: skip
@@ -371,21 +369,28 @@ def _check(x: Tensor, w13: Weights, w2: Weights, ids: Tensor, activation: str) -
             raise ValueError("factors must be [experts, 1] or [experts, 2]")
 
 
-def moe(x: Tensor, w13: Weights, w2: Weights, topk: TopK, activation: str, tiles: Tiles | None = None) -> Tensor:
+def moe(
+    x: Tensor,
+    w13: Weights,
+    w2: Weights,
+    topk: tuple[Tensor, Tensor],
+    activation: str,
+    tiles: Tiles | None = None,
+    on_input: bool = False,
+) -> Tensor:
     """The layer: x [tokens, hidden], topk = (ids, weights) [tokens, top_k] -> [tokens, hidden] in the dtype of x.
 
-    A slot of no expert adds nothing. topk = (ids, weights, True): the weights multiply GEMM 1's sums, not the experts' rows.
+    A slot of no expert adds nothing. on_input: the weights multiply GEMM 1's sums, not the experts' rows.
     """
     tiles = tiles or Tiles()
-    ids, weights = topk[:2]
+    ids, weights = topk
     _check(x, w13, w2, ids, activation)
     experts = w13.shape()[0]
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1).to(torch.int32)
     routed = align(ids, experts, tiles.m)
     if routed.slots.numel() == 0 or x.numel() == 0:
         return torch.zeros_like(x)
-    times = weights.flatten() if topk[2:] == (True,) else None
-    weights = weights if times is None else torch.ones_like(weights)
+    times, weights = (weights.flatten(), torch.ones_like(weights)) if on_input else (None, weights)
     rows = grouped_gemm(x, w13, routed, ids.shape[1], tiles, times)
     middle = activate(rows, ids, experts, activation)
     return finalize(grouped_gemm(middle, w2, routed, 1, tiles), weights, ids, experts)

@@ -51,13 +51,6 @@ def whole_blocks(case: Case) -> str | None:
     return None
 
 
-def shown(case: Case) -> str | None:
-    """max(0, w x) = w max(0, x) for w > 0."""
-    if case.weighting == "oninput" and case.activation in ("relu", "identity"):
-        return f"oninput: {case.activation} passes a factor on, nothing shows on which side of it the weight is applied"
-    return None
-
-
 def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> Launch:
     """Pack the weights and bind the layer to them; `kernels`: another module in the place of _triton_kernels."""
     if kernels is None:
@@ -65,7 +58,8 @@ def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> La
     w13, w2 = pack(case, inputs)
     kind = KINDS.get(case.recipe.weights, "plain")
     first, second = (kernels.Weights(kind, s.data, s.scales, s.factors) for s in (w13, w2))
-    x, topk = inputs.x, (inputs.topk_ids, inputs.topk_weights, *((True,) if case.weighting == "oninput" else ()))
+    x, topk = inputs.x, (inputs.topk_ids, inputs.topk_weights)
+    options = {"on_input": True} if case.weighting == "oninput" else {}
     buffers = {"x": x, "ids": topk[0], "topk_weights": topk[1], **w13.buffers("w13"), **w2.buffers("w2")}
     tokens = case.shape.tokens
     contract = (  # of the weights `moe` itself asks what it wants
@@ -73,7 +67,7 @@ def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> La
         Argument("ids", (torch.int32, torch.int64), (tokens, case.shape.top_k)),
         Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
     )
-    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation), buffers, contract=contract)
+    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation, **options), buffers, contract=contract)
 
 
 BACKENDS = (
@@ -86,7 +80,7 @@ BACKENDS = (
         archs=("cpu", "sm90", "sm100", "sm103", "sm120"),
         rounding=rounding,
         probe=probe,
-        limits=(Limit(("recipe", "hidden", "inter"), whole_blocks), Limit(("weighting", "activation"), shown)),
+        limits=(Limit(("recipe", "hidden", "inter"), whole_blocks),),
         weightings=WEIGHTINGS,
         prepare=prepare,
         exempt={"graph": "the alignment reads the padded size on the host"},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.backends import discover
 from harness.backends.base import CPU, Backend, Launch
+from harness.backends.torch_grouped_mm import layer
 from harness.case import Case
 from harness.checks import untrusted
 from harness.compare import compare
@@ -28,6 +29,7 @@ from harness.select import plan_backend
 from harness.space import below
 from harness.variants import relabelled
 from harness.verdict import Status, Verdict
+from reference.activation import ACTIVATIONS
 from reference.experts import linear
 from reference.moe import moe
 from reference.rounding import Rounding
@@ -72,6 +74,8 @@ def test_ids_with_options_are_read_back(text: str) -> None:
             {"bias": "nobias", "weighting": "oninput", "experts": 1, "top_k": 1, "routing": "default"},
             "one weight for every token",
         ),
+        ({"bias": "nobias", "weighting": "oninput", "activation": "relu"}, "relu passes a factor on"),
+        ({"bias": "nobias", "weighting": "oninput", "activation": "identity"}, "identity passes a factor on"),
     ],
 )
 def test_combinations_that_say_nothing_are_impossible(change: dict[str, int | str], reason: str) -> None:
@@ -158,6 +162,7 @@ def test_the_oracle_is_the_formula(text: str) -> None:
         (BIASED.format("real").replace("swiglu", "swiglu_oai"), CUTLASS),
         (ON_INPUT, KERNEL),
         (ON_INPUT.replace("k1", "k3"), replace(KERNEL, routing_weight="bf16")),
+        (ON_INPUT.replace("k1", "k3"), replace(KERNEL, weighted_x="bf16")),
     ],
 )
 def test_right_kernels_pass_and_the_bound_is_tight(text: str, rounding: Rounding) -> None:
@@ -167,6 +172,17 @@ def test_right_kernels_pass_and_the_bound_is_tight(text: str, rounding: Rounding
         judged = compare(found, emulate(inputs, rounding, seed))
         assert judged.agrees
         assert 0.8 < judged.mean_z2 < 1.2
+
+
+def test_an_undeclared_rounding_of_weighted_rows_shows() -> None:
+    """torch's GEMM can only read them in bf16."""
+    inputs, found = expected(ON_INPUT)
+    assert compare(found, emulate(inputs, replace(KERNEL, weighted_x="bf16"))).mean_z2 > 1.3
+
+
+def test_only_activations_that_are_lines_through_zero_pass_factors_on() -> None:
+    """Then one weight on the input is one on the output, and every kernel that mistakes them is right."""
+    assert {a.name for a in ACTIVATIONS.values() if a.passes_factors} == {"relu", "identity"}
 
 
 def test_a_bias_after_the_rounding_is_told_from_one_before() -> None:
@@ -249,6 +265,41 @@ def test_weights_elsewhere_than_on_the_input_are_seen_and_named(wrong: Callable[
     assert verdict.diagnosis.kind == kind, verdict.reason
 
 
+def _left_on_output(b: dict[str, Tensor]) -> Tensor:
+    return layer(b, "swiglu", True)
+
+
+def _on_both_sides(b: dict[str, Tensor]) -> Tensor:
+    return layer({**b, "x": (b["x"].float() * b["topk_weights"]).to(b["x"].dtype)}, "swiglu", True)
+
+
+@pytest.mark.parametrize(("wrong", "how"), [(_left_on_output, "output, not"), (_on_both_sides, "output as well as")])
+def test_grouped_mm_weights_rows_before_its_first_gemm(wrong: Callable[[dict[str, Tensor]], Tensor], how: str) -> None:
+    """A layer that multiplies elsewhere, or twice, is seen and named."""
+    right = BACKENDS["torch_grouped_mm"]
+
+    def prepare(case: Case, inputs: Inputs) -> Launch:
+        launch = right.prepare(case, inputs)
+        return replace(launch, call=lambda: wrong(launch.buffers))
+
+    assert judged(right, ON_INPUT).status is Status.PASSED
+    verdict = judged(replace(right, prepare=prepare, script=None), ON_INPUT)
+    assert verdict.status is Status.WRONG
+    assert verdict.diagnosis is not None
+    assert verdict.diagnosis.kind == "unweighted"
+    assert f"multiply the {how} the input" in verdict.reason
+
+
+@pytest.mark.parametrize("text", [ON_INPUT, ON_INPUT.replace("k1", "k3").replace("swiglu", "gelu"), BIASED.format("real")])
+def test_grouped_mm_s_script_is_its_layer(text: str) -> None:
+    case, backend = Case.parse(text), BACKENDS["torch_grouped_mm"]
+    launch = backend.prepare(case, make_inputs(case))
+    scope: dict[str, Any] = {"torch": torch}
+    assert backend.script is not None
+    exec(backend.script(case), scope)
+    assert torch.equal(scope["call"](launch.buffers), launch.call())
+
+
 # -- adapters, plans, shrinking
 
 
@@ -264,6 +315,7 @@ SUBJECTS = [
     ("flashinfer_trtllm_fp4_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.situ.standard.real.bias.s0"),
     ("flashinfer_trtllm_fp4_routed_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu.standard.exact.bias.s0"),
     ("flashinfer_trtllm_fp8_tensor_twin", FP8_ON_INPUT.replace("default", "llama4")),
+    ("torch_grouped_mm", "moe.bf16.t17.h64.i32.e6.k3.sigmoid.gelu.standard.real.half.oninput.s0"),
 ]
 
 
@@ -302,15 +354,6 @@ def test_our_triton_kernels_multiply_the_sums_of_gemm_1(moecheck: Callable[..., 
     assert "2 verdicts: 2 passed" in answer.out, answer
 
 
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_our_triton_kernels_are_not_asked_where_a_weight_on_the_output_looks_the_same(activation: str) -> None:
-    """Judged, such a case is UNTRUSTED: the impostor `weight_on_output` is no other layer."""
-    case = Case.parse(ON_INPUT.replace("bf16", "fp16").replace("swiglu", activation))
-    assert "weight_on_output" in str(untrusted(case, expected(case.id)[1]))
-    assert "passes a factor on" in BACKENDS["triton_moe"].supports(case, CPU).reason
-    assert BACKENDS["triton_moe"].supports(case.vary(activation="silu"), CPU).ok
-
-
 def test_a_backend_that_does_not_say_so_is_not_asked() -> None:
     support = BACKENDS["torch_compile"].supports(Case.parse(BIASED.format("real")), CPU)
     assert not support.ok
@@ -325,8 +368,10 @@ def test_plans_pair_the_options_with_everything_and_only_where_they_are_taken() 
     }
     planned = plan_backend(axes, BACKENDS["torch_grouped_mm"], CPU, 2)
     assert {(c.bias, c.fill) for c in planned} == {(b, f) for b in axes["bias"] for f in axes["fill"]}
-    assert {c.weighting for c in planned} == {"onoutput"}
-    assert {c.bias for c in plan_backend(axes, BACKENDS["torch_compile"], CPU, 2)} == {"nobias"}
+    assert {(c.bias, c.fill, c.activation) for c in planned if c.weighting == "oninput"} == {
+        ("nobias", "real", activation) for activation in axes["activation"]
+    }
+    assert {(c.bias, c.weighting) for c in plan_backend(axes, BACKENDS["torch_compile"], CPU, 2)} == {("nobias", "onoutput")}
 
 
 def test_shrinking_drops_the_options_first() -> None:
