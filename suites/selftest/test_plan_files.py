@@ -63,7 +63,7 @@ def test_the_program_is_its_files_its_libraries_and_the_environment(tmp_path: Pa
 
 
 def test_planning_opens_no_file_that_the_key_leaves_out(tmp_path: Path) -> None:
-    """Stored contracts, JSON, are a bisect's and the preflight's; a plan that asked them would have to be made anew with them."""
+    """Stored contracts, JSON, are a bisect's and the preflight's; a plan that asked them would hang on them."""
     program = (
         "import sys; opened = []; sys.addaudithook(lambda event, of: event == 'open' and opened.append(str(of[0])))\n"
         f"from harness import cli; sys.argv[1:] = {['plan', '--platform', 'sm100', *SOME, '-o', str(tmp_path / 'plan.json')]}\n"
