@@ -65,8 +65,22 @@ def prepare_torch(case: Case, inputs: Inputs) -> Launch:
     return replace(launch, call=call)
 
 
+ON_OUTPUT = ("onoutput",)
 (TRITON,), (TORCH,) = triton_moe.BACKENDS, torch_grouped_mm.BACKENDS
 BACKENDS = (
-    replace(TRITON, name="triton_moe_padded", prepare=prepare_triton, summary="triton_moe with tiles computed twice"),
-    replace(TORCH, name="torch_grouped_mm_padded", prepare=prepare_torch, script=None, summary="with tokens computed twice"),
+    replace(
+        TRITON,
+        name="triton_moe_padded",
+        weightings=ON_OUTPUT,
+        prepare=prepare_triton,
+        summary="triton_moe with tiles computed twice",
+    ),
+    replace(
+        TORCH,
+        name="torch_grouped_mm_padded",
+        weightings=ON_OUTPUT,
+        prepare=prepare_torch,
+        script=None,
+        summary="with tokens computed twice",
+    ),
 )

@@ -112,7 +112,7 @@ def _one(expert: int, slots: Tensor, x: Tensor, layer: tuple[Routing, Experts, R
 
 def _elementwise(rounding: Rounding) -> bool:
     """Is every rounding point inside an expert a plain element type?"""
-    points = ("x", "product", "gate_up", "activated", "middle", "row")
+    points = ("x", "weighted_x", "product", "gate_up", "activated", "middle", "row")
     return all(step in FLOATS for point in points for step in rounding.steps(point))
 
 

@@ -338,6 +338,13 @@ def _weighted_input(case: Case) -> str | None:
     return None
 
 
+def _passed_on(case: Case) -> str | None:
+    """max(0, w x) = w max(0, x) for w > 0, and a weight is."""
+    if case.weighting == "oninput" and ACTIVATIONS[case.activation].passes_factors:
+        return f"oninput: {case.activation} passes a factor on: nothing shows on which side of it the weight is applied"
+    return None
+
+
 def _written(case: Case) -> str | None:
     recipe, scaling = case.recipe, all_formats()[case.recipe.weights].scaling
     if recipe != Recipe.parse(f"{recipe.weights}-{recipe.acts}") or not _plain(recipe.acts):
@@ -387,6 +394,7 @@ LIMITS = (
     Limit(("fill",), _fill),
     Limit(("fill", "bias", "weighting"), _plain_experts),
     Limit(("routing", "experts", "top_k", "weighting"), _weighted_input),
+    Limit(("activation", "weighting"), _passed_on),
 )
 _SIZES = (Limit(("fill",), _fill), LIMITS[0], Limit(("tokens", "hidden", "inter", "experts"), _op_elements))
 OP_LIMITS = {

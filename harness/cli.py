@@ -77,7 +77,7 @@ class Lazy(TyperGroup):
         return command
 
 
-app = typer.Typer(cls=Lazy, add_completion=False, help="Checks MoE kernels against a pure-PyTorch reference.")
+app = typer.Typer(cls=Lazy, add_completion=False)
 
 
 @app.callback()

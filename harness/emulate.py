@@ -26,6 +26,7 @@ def emulate(inputs: Inputs, rounding: Rounding, seed: int = 0) -> Tensor:
         x = rounding.at("x", inputs.x[token].double()).float()
         if on_input:
             x = x * rounding.at("routing_weight", inputs.topk_weights[token, slot, None]).float()
+            x = rounding.at("weighted_x", x.double()).float()
         rows[token, slot] = _expert(inputs, x, source(expert), rounding, generator)
     weights = torch.ones_like(inputs.topk_weights) if on_input else inputs.topk_weights
     return _combined(rows, weights, rounding).to(get(inputs.case.recipe.out).torch_dtype)

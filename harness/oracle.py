@@ -96,8 +96,8 @@ def expect(case: Case, inputs: Inputs, declared: Rounding | None, guard: bool = 
     bystander = Bystander(layer, loader, _sampled(inputs), list(impostors.values()))
     experts = experts_of(case, loader.weights)
     ideal = dataclasses.replace(layer.rounding, x=rounding.x, x_scale=rounding.x_scale)
-    if experts.weight_on_input:  # a rounded weight is as known as a rounded x
-        ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight)
+    if experts.weight_on_input:  # a rounded weight, and x times it, are as known as a rounded x
+        ideal = dataclasses.replace(ideal, routing_weight=rounding.routing_weight, weighted_x=rounding.weighted_x)
     for group in groups(inputs.x, inputs.routing, experts, loader.stacked, (ideal, rounding)):
         mine, done, weights = group.slots, group.done, group.weights
         rows.row[mine] = group.rows(done.row)

@@ -16,13 +16,13 @@ from harness import config, paths
 from harness.backends.base import Backend, Device
 from harness.case import Case, Recipe, Shape
 from harness.errors import CaseError, RunFolderError, SelectionError, UnknownName
+from harness.plan_files import MAX_BYTES
 from harness.reading import parse_json, printable, regular
 from harness.select import Cover, Grid, Item, cover, grid_of, plan_backend, probes
 from harness.shard import Shard, assign, costs
 
 NAME = "plan.json"
 SCHEMA = 1
-MAX_BYTES = 1 << 28  # 150 bytes an item: more than a million of them
 HINT = "give a folder made by moecheck run, or a file made by moecheck plan"
 
 

@@ -23,7 +23,7 @@ from harness.reading import parse_json, regular
 READ = ("CUDA", "MOECHECK", "TORCH", "TRITON")  # what the names of such variables begin with
 METADATA = (".dist-info", ".egg-info")  # of a distribution: its folder, named after it and its version
 SOURCES = Path(__file__).parents[1]
-MAX_BYTES = 1 << 28  # as plan.py reads; its own
+MAX_BYTES = 1 << 28  # of a plan: 150 bytes an item, more than a million of them
 Tell = Callable[[str], object]
 
 

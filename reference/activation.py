@@ -38,6 +38,13 @@ class Activation:
         activated = self.scalar(gate)
         return activated if up is None else activated * self.linear(up)
 
+    @property
+    def passes_factors(self) -> bool:
+        """Is act(c * gate, c * up) = c * act(gate, up) for c > 0?"""
+        x = torch.tensor([-3.0, 0.5, 20.0], dtype=torch.float64)
+        once, twice = (self.combine(t, t if self.gated else None) for t in (x, 2 * x))
+        return torch.equal(twice, 2 * once)
+
 
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x)."""

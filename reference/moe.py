@@ -54,9 +54,9 @@ def entering(x: Tensor, slots: Tensor, routing: Routing, experts: Experts, round
     rows = x[slots // routing.ids.shape[1]].double()
     if not experts.weight_on_input:
         return rows, rounding
-    # after x is quantised: kernels multiply the sums, what they read is on a grid
+    # after x is quantised: kernels that read a grid multiply the sums
     rows = rounding.at("x", rows) * rounding.at("routing_weight", routing.weights.flatten()[slots].unsqueeze(-1))
-    return rows, replace(rounding, x=None)
+    return rounding.at("weighted_x", rows), replace(rounding, x=None)
 
 
 def finalize(rows: Tensor, weights: Tensor, rounding: Rounding = IDEAL, shared: Tensor | None = None) -> Tensor:

@@ -20,7 +20,8 @@ class Rounding:
     """One text per point: None (nothing narrower than the fp32 accumulator is written), an element type ("bf16"), a
     format ("mxfp8": quantised and read back), or a chain ("bf16>nvfp4": rounded to bf16, then quantised).
 
-    x: input of GEMM 1; routing_weight: the top-k weights; product: what either GEMM sums up, before an expert's bias is added;
+    x: input of GEMM 1; routing_weight: the top-k weights; weighted_x: x times routing weight, where it is GEMM 1 that reads
+    weighted rows; product: what either GEMM sums up, before an expert's bias is added;
     gate_up: output of GEMM 1, with its bias; activated: act(gate) before it meets up;
     middle: input of GEMM 2; row: output of GEMM 2 per expert; weighted: row times routing weight; partial: the running sum
     over the token's experts; out: the layer's output. x_scale and middle_scale: what a format whose scaling is `static` is
@@ -30,6 +31,7 @@ class Rounding:
 
     x: str | None = None
     routing_weight: str | None = None
+    weighted_x: str | None = None
     product: str | None = None
     gate_up: str | None = None
     activated: str | None = None

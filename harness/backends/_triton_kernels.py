@@ -142,6 +142,7 @@ def _gemm_kernel(
     c_ptr,
     slots_ptr,
     experts_ptr,
+    t_ptr,
     N,
     K,
     padded,
@@ -154,7 +155,8 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """C[slot, n] = factor[e, n >= half] * sum over k of A[slot // divisor, k] * W[e, n, k], e the expert of the block."""
+    """C[slot, n] = factor[e, n >= half] * sum over k of A[slot // divisor, k] * W[e, n, k], e the expert of the block;
+    times t[slot] unless t_ptr is None, which is no argument at all of what is compiled."""
     block = tl.program_id(0)
     expert = tl.load(experts_ptr + block).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -171,6 +173,8 @@ def _gemm_kernel(
     if FACTORS > 0:
         column = tl.where(n < half, 0, FACTORS - 1)
         acc = acc * tl.load(f_ptr + expert * FACTORS + column, mask=n < N, other=0.0)[None, :]
+    if t_ptr is not None:
+        acc = acc * tl.load(t_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
     out = c_ptr + slot.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out, acc.to(c_ptr.dtype.element_ty), mask=live[:, None] & (n[None, :] < N))
 
@@ -295,8 +299,11 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def grouped_gemm(a: Tensor, weights: Weights, routed: Routed, divisor: int, tiles: Tiles | None = None) -> Tensor:
-    """C [slots, N] in the dtype of a: row s is a[s // divisor] times its expert's weights; rows of no expert are undefined."""
+def grouped_gemm(
+    a: Tensor, weights: Weights, routed: Routed, divisor: int, tiles: Tiles | None = None, times: Tensor | None = None
+) -> Tensor:
+    """C [slots, N] in the dtype of a: row s is a[s // divisor] times its expert's weights, and times `times` [slots] where
+    given, before it is rounded; rows of no expert are undefined."""
     tiles = tiles or Tiles(routed.block_m)
     _, n, k = weights.shape()
     c = torch.empty((routed.total, n), dtype=a.dtype, device=a.device)
@@ -311,6 +318,7 @@ def grouped_gemm(a: Tensor, weights: Weights, routed: Routed, divisor: int, tile
     width = _tile(n, tiles.n, a.is_cuda)
     _gemm_kernel[(padded // routed.block_m, triton.cdiv(n, width))](
         a.contiguous(), data, scales, factors, c, routed.slots, routed.block_expert,
+        None if times is None else times.contiguous(),
         n, k, padded, routed.total, divisor, n // 2 if columns == 2 else n,
         FACTORS=columns, KIND=weights.kind,
         BLOCK_M=routed.block_m, BLOCK_N=width, BLOCK_K=_tile(k, tiles.k, a.is_cuda),
@@ -362,11 +370,17 @@ def _check(x: Tensor, w13: Weights, w2: Weights, ids: Tensor, activation: str) -
 
 
 def moe(
-    x: Tensor, w13: Weights, w2: Weights, topk: tuple[Tensor, Tensor], activation: str, tiles: Tiles | None = None
+    x: Tensor,
+    w13: Weights,
+    w2: Weights,
+    topk: tuple[Tensor, Tensor],
+    activation: str,
+    tiles: Tiles | None = None,
+    on_input: bool = False,
 ) -> Tensor:
     """The layer: x [tokens, hidden], topk = (ids, weights) [tokens, top_k] -> [tokens, hidden] in the dtype of x.
 
-    A slot of no expert adds nothing.
+    A slot of no expert adds nothing. on_input: the weights multiply GEMM 1's sums, not the experts' rows.
     """
     tiles = tiles or Tiles()
     ids, weights = topk
@@ -376,6 +390,7 @@ def moe(
     routed = align(ids, experts, tiles.m)
     if routed.slots.numel() == 0 or x.numel() == 0:
         return torch.zeros_like(x)
-    rows = grouped_gemm(x, w13, routed, ids.shape[1], tiles)
+    times, weights = (weights.flatten(), torch.ones_like(weights)) if on_input else (None, weights)
+    rows = grouped_gemm(x, w13, routed, ids.shape[1], tiles, times)
     middle = activate(rows, ids, experts, activation)
     return finalize(grouped_gemm(middle, w2, routed, 1, tiles), weights, ids, experts)

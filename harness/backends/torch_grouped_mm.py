@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.backends._packing import biases
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import BIASES, Case, Limit
+from harness.case import BIASES, WEIGHTINGS, Case, Limit
 from harness.guard import Argument, Entry
 from harness.inputs import Inputs
 from reference.rounding import Rounding
@@ -63,12 +63,13 @@ def prepare(case: Case, inputs: Inputs) -> Launch:
         Argument("ids", torch.int64, (tokens, case.shape.top_k)),
         Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
     )
-    return Launch(lambda: layer(buffers, case.activation, gated), buffers, contract=contract)
+    return Launch(lambda: layer(buffers, case.activation, gated, case.weighting == "oninput"), buffers, contract=contract)
 
 
-def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
+def layer(b: dict[str, Tensor], activation: str, gated: bool, on_input: bool = False) -> Tensor:
     """The layer as a user of grouped_mm writes it: sort, GEMM, activate in fp32, GEMM, weighted fp32 scatter-add; what a GEMM
-    wrote and its bias, if there is one, add up in fp32."""
+    wrote and its bias, if there is one, add up in fp32. on_input: weights multiply x in fp32, rounded before GEMM 1 reads it,
+    as torchtitan's MoE does with score_before_experts (Llama-4)."""
     tokens, top_k = b["ids"].shape
     order = b["ids"].flatten().argsort(stable=True)
     expert = b["ids"].flatten()[order]
@@ -76,10 +77,13 @@ def layer(b: dict[str, Tensor], activation: str, gated: bool) -> Tensor:
     ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # on the device: a graph can hold it
     assert GROUPED_MM is not None
     grouped_mm = Entry(GROUPED_MM, CONTRACT)
-    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends)
+    x, weights = b["x"][order // top_k], b["topk_weights"].flatten()[order, None]
+    if on_input:
+        x = (x.float() * weights).to(x.dtype)
+    pre = grouped_mm(x, b["w13"].transpose(-2, -1), offs=ends)
     middle = _activate(_biased(pre.float(), b.get("w13_bias"), expert), activation, gated).to(pre.dtype)
     rows = _biased(grouped_mm(middle, b["w2"].transpose(-2, -1), offs=ends).float(), b.get("w2_bias"), expert)
-    weighted = rows * b["topk_weights"].flatten()[order, None]
+    weighted = rows if on_input else rows * weights
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(pre.dtype)
 
@@ -106,12 +110,14 @@ def call(b):
     order = b["ids"].flatten().argsort(stable=True)
     expert = b["ids"].flatten()[order]
     ends = torch.searchsorted(expert, torch.arange(len(b["w13"]), device=expert.device), right=True, out_int32=True)
-    pre = grouped_mm(b["x"][order // top_k], b["w13"].transpose(-2, -1), offs=ends).float(){first}
+    weights = b["topk_weights"].flatten()[order, None]
+    x = {x}
+    pre = grouped_mm(x, b["w13"].transpose(-2, -1), offs=ends).float(){first}
     {activate}
-    rows = grouped_mm(middle.to(b["x"].dtype), b["w2"].transpose(-2, -1), offs=ends).float(){second}
-    weighted = rows * b["topk_weights"].flatten()[order, None]
+    rows = grouped_mm(middle.to(x.dtype), b["w2"].transpose(-2, -1), offs=ends).float(){second}
+    weighted = {weighted}
     by_slot = torch.empty_like(weighted).index_copy_(0, order, weighted)
-    return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(b["x"].dtype)
+    return by_slot.view(tokens, top_k, weighted.shape[1]).sum(1).to(x.dtype)
 """
 
 
@@ -123,14 +129,19 @@ def script(case: Case) -> str:
     else:
         activate = f"middle = {function}(pre)"
     added = [f' + b["{name}_bias"][expert].float()' * (case.bias == "bias") for name in ("w13", "w2")]
-    return SCRIPT.format(activate=activate, first=added[0], second=added[1])
+    x, weighted = 'b["x"][order // top_k]', "rows * weights"
+    if case.weighting == "oninput":
+        x, weighted = f'({x}.float() * weights).to(b["x"].dtype)', "rows"
+    return SCRIPT.format(x=x, activate=activate, first=added[0], second=added[1], weighted=weighted)
 
 
 def rounding(case: Case) -> Rounding:
-    """Both GEMMs, the activation and the layer write bf16; a bias joins what a GEMM wrote."""
+    """Both GEMMs, the activation and the layer write bf16, and so does who multiplies x by weights; a bias joins what a GEMM
+    wrote."""
     if case.bias == "bias":
         return Rounding(product="bf16", middle="bf16", out="bf16")
-    return Rounding(gate_up="bf16", middle="bf16", row="bf16", out="bf16")
+    weighted_x = "bf16" if case.weighting == "oninput" else None
+    return Rounding(weighted_x=weighted_x, gate_up="bf16", middle="bf16", row="bf16", out="bf16")
 
 
 BACKENDS = (
@@ -145,6 +156,7 @@ BACKENDS = (
         probe=probe,
         limits=(Limit(("hidden", "inter"), unaligned),),
         biases=BIASES,
+        weightings=WEIGHTINGS,
         prepare=prepare,
         script=script,
         summary="bf16 grouped GEMMs of torch with eager torch around them",

@@ -10,7 +10,7 @@ import torch
 
 from harness.backends._packing import group_of, pack
 from harness.backends.base import YES, Backend, Device, Launch, Support
-from harness.case import Case, Limit
+from harness.case import WEIGHTINGS, Case, Limit
 from harness.guard import Argument
 from harness.inputs import Inputs
 from reference.formats import get
@@ -36,7 +36,8 @@ def probe(device: Device) -> Support:
 
 
 def rounding(case: Case) -> Rounding:
-    """The kernels write four tensors, all in the dtype of x; weighting and the sum over experts stay in fp32."""
+    """The kernels write four tensors, all in the dtype of x; weighting, of sums or of rows, and the sum over experts stay in
+    fp32."""
     acts = None if case.recipe.acts == "fp32" else case.recipe.acts
     return Rounding(gate_up=acts, middle=acts, row=acts, out=acts)
 
@@ -58,6 +59,7 @@ def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> La
     kind = KINDS.get(case.recipe.weights, "plain")
     first, second = (kernels.Weights(kind, s.data, s.scales, s.factors) for s in (w13, w2))
     x, topk = inputs.x, (inputs.topk_ids, inputs.topk_weights)
+    options = {"on_input": True} if case.weighting == "oninput" else {}
     buffers = {"x": x, "ids": topk[0], "topk_weights": topk[1], **w13.buffers("w13"), **w2.buffers("w2")}
     tokens = case.shape.tokens
     contract = (  # of the weights `moe` itself asks what it wants
@@ -65,7 +67,7 @@ def prepare(case: Case, inputs: Inputs, kernels: ModuleType | None = None) -> La
         Argument("ids", (torch.int32, torch.int64), (tokens, case.shape.top_k)),
         Argument("topk_weights", torch.float32, (tokens, case.shape.top_k)),
     )
-    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation), buffers, contract=contract)
+    return Launch(lambda: kernels.moe(x, first, second, topk, case.activation, **options), buffers, contract=contract)
 
 
 BACKENDS = (
@@ -79,6 +81,7 @@ BACKENDS = (
         rounding=rounding,
         probe=probe,
         limits=(Limit(("recipe", "hidden", "inter"), whole_blocks),),
+        weightings=WEIGHTINGS,
         prepare=prepare,
         exempt={"graph": "the alignment reads the padded size on the host"},
         summary="our Triton kernels: align, grouped GEMM with in-register dequantisation, activation, weighted sum",

@@ -21,8 +21,6 @@ from harness.twins.libs import _trtllm_routing as routing
 from harness.twins.libs import _trtllm_weights as weights
 from harness.twins.libs.flashinfer_enums import ActivationType, Fp8QuantizationType, RoutingMethodType
 from harness.twins.libs.flashinfer_trtllm import ENTRIES
-from reference.grid import E2M1, E4M3, E8M0
-from reference.layouts.linear import unpack_nibbles
 from reference.rounding import Rounding
 from reference.routing import RULES, Rule
 
@@ -42,24 +40,24 @@ class Given:
 
 
 def _bf16(a: SimpleNamespace, gated: bool) -> Given:
-    return Given(a.hidden_states.float(), weights.bf16(a.gemm1_weights, a.gemm2_weights, gated), "bf16")
+    return Given(weights.activations(a.hidden_states), weights.bf16(a.gemm1_weights, a.gemm2_weights, gated), "bf16")
 
 
 def _fp8_tensor(a: SimpleNamespace, gated: bool) -> Given:
     scales = (a.output1_scales_scalar, a.output1_scales_gate_scalar, a.output2_scales_scalar)
     matrices = weights.fp8(a.gemm1_weights, a.gemm2_weights, gated)
-    return Given(_e4m3(a.hidden_states), matrices, "fp8_tensor-fp8_tensor", scales)
+    return Given(weights.activations(a.hidden_states), matrices, "fp8_tensor-fp8_tensor", scales)
 
 
 def _fp8_block(a: SimpleNamespace, gated: bool) -> Given:
     kind = Fp8QuantizationType(a.fp8_quantization_type)
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
     if kind is Fp8QuantizationType.DeepSeekFp8:
-        x = _blocks(_e4m3(a.hidden_states), a.hidden_states_scale.T)
+        x = weights.activations(a.hidden_states, a.hidden_states_scale.T)
         return Given(x, weights.deepseek(data, scales, a.use_shuffled_weight), "fp8_block-fp8_group")
     if kind is not Fp8QuantizationType.MxFp8:
         raise NotImplementedError(f"fp8_quantization_type {kind.name}")
-    x = _blocks(_e4m3(a.hidden_states), E8M0.decode(a.hidden_states_scale, torch.float32))
+    x = weights.activations(a.hidden_states, a.hidden_states_scale)
     return Given(x, weights.block_scaled(data, scales, gated, "mxfp8"), "mxfp8-mxfp8")
 
 
@@ -72,7 +70,8 @@ def _fp4(a: SimpleNamespace, gated: bool) -> Given:
     kind = "nvfp4" if per_scale == 16 else "mxfp4"
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
     matrices = weights.block_scaled(data, scales, gated, kind).with_biases(a.gemm1_bias, a.gemm2_bias, gated)
-    x, acts = _fp4_x(a, kind)
+    acts = {torch.bfloat16: "", torch.uint8: f"-{kind}"}.get(a.hidden_states.dtype, "-mxfp8")
+    x = weights.activations(a.hidden_states, a.hidden_states_scale)
     epilogue = (a.output1_scale_scalar, a.output1_scale_gate_scalar, a.output2_scale_scalar)
     given = [scale for scale in epilogue if scale is not None]
     if len(given) not in (0, 3):
@@ -80,33 +79,9 @@ def _fp4(a: SimpleNamespace, gated: bool) -> Given:
     return Given(x, matrices, f"{kind}{acts}", epilogue if given else None)
 
 
-def _fp4_x(a: SimpleNamespace, kind: str) -> tuple[Tensor, str]:
-    """x, and what its format adds to the recipe."""
-    x, scales = a.hidden_states, a.hidden_states_scale
-    if x.dtype == torch.bfloat16:
-        return x.float(), ""
-    codes = scales.view(torch.uint8)
-    if x.dtype == torch.uint8:
-        return _blocks(E2M1.decode(unpack_nibbles(x), torch.float32), E4M3.decode(codes, torch.float32)), f"-{kind}"
-    return _blocks(_e4m3(x), E8M0.decode(codes, torch.float32)), "-mxfp8"
-
-
 def _mxint4(a: SimpleNamespace, gated: bool) -> Given:
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
-    return Given(a.hidden_states.float(), weights.block_scaled(data, scales, gated, "mxint4"), "mxint4")
-
-
-def _e4m3(x: Tensor) -> Tensor:
-    return E4M3.decode(x.view(torch.uint8), torch.float32)
-
-
-def _blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """values [rows, columns] times linear block scales of any shape with rows first."""
-    rows, columns = values.shape
-    if not rows:
-        return values
-    each = scales.reshape(rows, -1)
-    return (values.view(rows, each.shape[1], -1) * each.unsqueeze(-1)).view(rows, columns)
+    return Given(weights.activations(a.hidden_states), weights.block_scaled(data, scales, gated, "mxint4"), "mxint4")
 
 
 KINDS: dict[str, Callable[[SimpleNamespace, bool], Given]] = {

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from harness.backends import discover
 from harness.case import Case
 from harness.dump.layer import Layer
 from harness.dump.read import DumpError, _parameters, folders, read
 from harness.dump.readers import call_of
-from harness.entry import planting, twins
 from harness.inputs import make_inputs
 
 api_logging = pytest.importorskip("flashinfer.api_logging", reason="the recorder is FlashInfer's")
-ENTRY = "flashinfer.fused_moe.cutlass_fused_moe"
 CASES = {
     "bf16": "moe.bf16.t5.h64.i32.e6.k2.renormalize.swiglu.standard.real.s0",
     "fp8": "moe.fp8_tensor-fp8_tensor.t5.h64.i64.e4.k2.renormalize.geglu.standard.real.s0",
@@ -33,41 +29,15 @@ CASES = {
 }
 
 
-class Recorder(NamedTuple):
-    """Records one call of a mode under `folder`; `damage` changes its arguments first."""
-
-    folder: Path
-
-    def __call__(self, mode: str, damage: Callable[[dict[str, Any]], None] = lambda given: None, fused: bool = False) -> Path:
-        case = Case.parse(CASES[mode])
-        backend = discover()[f"flashinfer_cutlass_{mode}_twin"]
-        twin = twins()[ENTRY]
-
-        def cutlass_fused_moe(**given: Any) -> list[Tensor]:
-            given["use_fused_finalize"] = fused
-            damage(given)
-            names = ("input", "token_selected_experts", "token_final_scales")  # users pass these by position
-            args = tuple(given[n] for n in names)
-            rest = {n: v for n, v in given.items() if n not in names}
-            where = api_logging._dump_function_inputs(twin, "cutlass_fused_moe", args, rest)
-            result: list[Tensor] = twin(**given)
-            api_logging._dump_function_outputs(where, result)
-            return result
-
-        with planting({ENTRY: cutlass_fused_moe}):
-            backend.prepare(case, make_inputs(case)).call()
-        return folders(self.folder)[-1]
-
-
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    folder = tmp_path / "dumps"
-    monkeypatch.setattr(api_logging, "_DUMP_DIR", str(folder))
-    return Recorder(folder)
+def record(recorder: Callable[..., Any]) -> Any:
+    """Of a mode; users pass the first three by position."""
+    positional = ("input", "token_selected_experts", "token_final_scales")
+    return recorder("flashinfer_cutlass_{}_twin", CASES, *positional, use_fused_finalize=False)
 
 
 @pytest.mark.parametrize("mode", CASES)
-def test_the_logical_layer_comes_back_from_the_physical_buffers(record: Recorder, mode: str) -> None:
+def test_the_logical_layer_comes_back_from_the_physical_buffers(record: Any, mode: str) -> None:
     """What the adapter packed: the same weights times the same factors, in the reference's order of halves."""
     case = Case.parse(CASES[mode])
     inputs, layer = make_inputs(case), call_of(read(record(mode)))
@@ -88,7 +58,7 @@ def test_the_logical_layer_comes_back_from_the_physical_buffers(record: Recorder
 
 @pytest.mark.parametrize("mode", ["bf16", "nvfp4"])
 def test_a_right_call_passes_and_what_it_returned_then_agrees(
-    record: Recorder, moecheck: Callable[..., Any], tmp_path: Path, mode: str
+    record: Any, moecheck: Callable[..., Any], tmp_path: Path, mode: str
 ) -> None:
     record(mode)
     answer = moecheck("import-dump", str(record.folder), "--platform", "cpu", "--out", str(tmp_path / "run"))
@@ -100,7 +70,7 @@ def test_a_right_call_passes_and_what_it_returned_then_agrees(
     assert moecheck(*rerun).code == 0
 
 
-def test_a_wrong_recorded_output_is_named(record: Recorder, moecheck: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_wrong_recorded_output_is_named(record: Any, moecheck: Callable[..., Any], tmp_path: Path) -> None:
     place = record("bf16")
     result = torch.load(place / "outputs.pt")
     result["result__0"][3] *= 1.5
@@ -112,7 +82,7 @@ def test_a_wrong_recorded_output_is_named(record: Recorder, moecheck: Callable[.
 
 
 def test_a_library_that_gets_it_wrong_now_is_judged_wrong(
-    record: Recorder, moecheck: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: Any, moecheck: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate's rows read as the up rows': the installed library (here the twin that children import) errs."""
     record("bf16")
@@ -143,7 +113,7 @@ BACKENDS = (planted(subject_of({folder!r}, {name!r}), {name!r}, {{ENTRY: swapped
 """
 
 
-def test_broken_arguments_are_named_before_the_call(record: Recorder, moecheck: Callable[..., Any], tmp_path: Path) -> None:
+def test_broken_arguments_are_named_before_the_call(record: Any, moecheck: Callable[..., Any], tmp_path: Path) -> None:
     """The library looks at no stride: the twin, like the kernel, would read other values."""
 
     def transposed(given: dict[str, Any]) -> None:
@@ -157,7 +127,7 @@ def test_broken_arguments_are_named_before_the_call(record: Recorder, moecheck: 
     assert "token_selected_experts is not contiguous" in answer.out
 
 
-def test_weak_data_is_judged_and_called_weak(record: Recorder, moecheck: Callable[..., Any], tmp_path: Path) -> None:
+def test_weak_data_is_judged_and_called_weak(record: Any, moecheck: Callable[..., Any], tmp_path: Path) -> None:
     def tiny(given: dict[str, Any]) -> None:
         given["input"] = given["input"] * 2.0**-20
 
@@ -169,7 +139,7 @@ def test_weak_data_is_judged_and_called_weak(record: Recorder, moecheck: Callabl
     assert "cannot tell everything: impostors pass: gate_up_swap" in journal["notes"][0]["text"]
 
 
-def test_strides_survive_in_both_tensor_formats(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strides_survive_in_both_tensor_formats(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def strided(given: dict[str, Any]) -> None:
         wide = torch.zeros(5, 80, dtype=torch.bfloat16)
         wide[:, :64] = given["input"]
@@ -198,7 +168,7 @@ def test_strides_survive_in_both_tensor_formats(record: Recorder, monkeypatch: p
         (lambda r: r["input_metadata"].update(kwarg_input=1), "input is given twice"),
     ],
 )
-def test_a_damaged_record_is_one_clear_error(record: Recorder, edit: Callable[[dict[str, Any]], object], says: str) -> None:
+def test_a_damaged_record_is_one_clear_error(record: Any, edit: Callable[[dict[str, Any]], object], says: str) -> None:
     place = record("bf16")
     entry = json.loads((place / "metadata.jsonl").read_text().splitlines()[-1])
     edit(entry)
@@ -207,7 +177,7 @@ def test_a_damaged_record_is_one_clear_error(record: Recorder, edit: Callable[[d
         call_of(read(place))
 
 
-def test_a_pickle_runs_no_code(record: Recorder, tmp_path: Path) -> None:
+def test_a_pickle_runs_no_code(record: Any, tmp_path: Path) -> None:
     place = record("bf16")
     (place / "inputs.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     with pytest.raises(DumpError, match=r"inputs\.pt: cannot be read"):

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +18,13 @@ from harness.backends import discover
 from harness.backends.base import CPU
 from harness.case import Case
 from harness.dump.layer import Layer
-from harness.dump.read import DumpError, folders, read
+from harness.dump.read import DumpError, read
 from harness.dump.readers import READERS, call_of
 from harness.dump.subject import judge_recorded, opened, subject_of
-from harness.entry import planting, twins
 from harness.inputs import Inputs, make_inputs
 from harness.pipeline import run
 from harness.verdict import Status
 
-api_logging = pytest.importorskip("flashinfer.api_logging", reason="the recorder is FlashInfer's")
 TAIL = "renormalize.swiglu.standard.real.s0"
 LAYERS = {
     "flashinfer_cutlass_bf16": "moe.bf16.t5.h64.i32.e6.k2.renormalize.swiglu.standard.real.bias.s0",
@@ -64,41 +61,13 @@ CASES = {**LAYERS, **OPS}
 Damage = Callable[[dict[str, Any]], None]
 
 
-class Done(Exception):
-    """The call has been recorded."""
-
-
-class Recorder(NamedTuple):
-    """Records one call of an adapter under `folder`; `damage` changes its arguments first."""
-
-    folder: Path
-
-    def __call__(self, name: str, damage: Damage = lambda given: None) -> Path:
-        case, backend = Case.parse(CASES[name]), discover()[f"{name}_twin"]
-        entry = next(e for e in backend.entries if e.rpartition(".")[2] in READERS)
-        twin, function = twins()[entry], entry.rpartition(".")[2]
-
-        def recorded(*args: Any, **given: Any) -> None:
-            damage(given)
-            where = api_logging._dump_function_inputs(twin, function, args, given)
-            with suppress(Exception):  # what it refuses was written before, as in an incident
-                api_logging._dump_function_outputs(where, twin(*args, **given))
-            raise Done
-
-        with planting({entry: recorded}), pytest.raises(Done):
-            backend.prepare(case, make_inputs(case)).call()
-        return folders(self.folder)[-1]
-
-
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    folder = tmp_path / "dumps"
-    monkeypatch.setattr(api_logging, "_DUMP_DIR", str(folder))
-    return Recorder(folder)
+def record(recorder: Callable[..., Any]) -> Any:
+    return recorder("{}_twin", CASES)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_comes_back_and_is_judged_right(record: Recorder, name: str) -> None:
+def test_a_layer_comes_back_and_is_judged_right(record: Any, name: str) -> None:
     case, place = Case.parse(LAYERS[name]), record(name)
     inputs, layer = make_inputs(case), opened(str(place))[1]
     assert isinstance(layer, Layer)
@@ -141,7 +110,7 @@ def same_weights(layer: Layer, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_step_comes_back_and_is_judged_right(record: Recorder, name: str) -> None:
+def test_a_step_comes_back_and_is_judged_right(record: Any, name: str) -> None:
     case, place = Case.parse(OPS[name]), record(name)
     _, step = opened(str(place))
     assert step.case == case
@@ -170,7 +139,7 @@ def damaged(place: Path, change: Callable[[dict[str, Tensor]], None]) -> tuple[s
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_defect_in_what_a_layer_returned_is_named(record: Recorder, name: str) -> None:
+def test_a_defect_in_what_a_layer_returned_is_named(record: Any, name: str) -> None:
     def shifted(result: dict[str, Tensor]) -> None:
         (key,) = [k for k, t in result.items() if t.shape == (5, Case.parse(LAYERS[name]).shape.hidden)]
         result[key] = result[key].roll(1, 0)
@@ -183,7 +152,7 @@ def test_a_defect_in_what_a_layer_returned_is_named(record: Recorder, name: str)
 @pytest.mark.parametrize(
     ("name", "kind"), [("flashinfer_fp4_quantize_128x4", "rolled_scales"), ("flashinfer_mxfp8_quantize_linear", "zeros")]
 )
-def test_a_defect_in_what_a_quantiser_returned_is_named(record: Recorder, name: str, kind: str) -> None:
+def test_a_defect_in_what_a_quantiser_returned_is_named(record: Any, name: str, kind: str) -> None:
     def spoilt(result: dict[str, Tensor]) -> None:
         if kind == "zeros":
             result |= {key: torch.zeros_like(t) for key, t in result.items()}
@@ -197,14 +166,14 @@ def test_a_defect_in_what_a_quantiser_returned_is_named(record: Recorder, name: 
     assert found == kind
 
 
-def test_rows_that_the_caller_was_to_sum_are_summed(record: Recorder) -> None:
+def test_rows_that_the_caller_was_to_sum_are_summed(record: Any) -> None:
     """do_finalize=False: rows, weights and the index."""
     place = record("flashinfer_trtllm_bf16_routed", lambda given: given.update(do_finalize=False))
     assert run(opened(str(place))[1].case, subject_of(str(place), "dump"), CPU).status is Status.PASSED
     assert "then agrees" in judge_recorded(str(place))[0]
 
 
-def test_groups_of_another_model_route_as_the_kernel_does(record: Recorder) -> None:
+def test_groups_of_another_model_route_as_the_kernel_does(record: Any) -> None:
     """n_group, topk_group and the scale are the record's: another model's choose other experts."""
     other = {"n_group": 4, "topk_group": 1, "routed_scaling_factor": 1.5}
     place = record("flashinfer_trtllm_fp8_block", lambda given: given.update(other))
@@ -247,19 +216,19 @@ def spoil(**values: object) -> Damage:
         ("flashinfer_fp4_quantize_128x4", spoil(is_sf_8x4_layout=True, backend="cute-dsl"), "backend='cute-dsl'"),
     ],
 )
-def test_a_call_that_cannot_be_read_says_why(record: Recorder, name: str, damage: Damage, says: str) -> None:
+def test_a_call_that_cannot_be_read_says_why(record: Any, name: str, damage: Damage, says: str) -> None:
     with pytest.raises(DumpError, match=says):
         call_of(read(record(name, damage)))
 
 
-def test_a_scale_for_every_expert_where_the_kernel_reads_one_breaks_the_contract(record: Recorder) -> None:
+def test_a_scale_for_every_expert_where_the_kernel_reads_one_breaks_the_contract(record: Any) -> None:
     place = record("flashinfer_cutedsl", spoil(fc2_input_scale=lambda t: t.expand(4).contiguous()))
     verdict = run(opened(str(place))[1].case, subject_of(str(place), "dump"), CPU)
     assert verdict.status is Status.CONTRACT
     assert "fc2_input_scale has shape (4,), wanted (1)" in verdict.reason
 
 
-def test_an_activations_strides_are_no_matter_to_the_kernel(record: Recorder) -> None:
+def test_an_activations_strides_are_no_matter_to_the_kernel(record: Any) -> None:
     """It would read other values than the caller meant."""
     place = record("flashinfer_silu_and_mul")
     inputs = torch.load(place / "inputs.pt")
@@ -269,7 +238,7 @@ def test_an_activations_strides_are_no_matter_to_the_kernel(record: Recorder) ->
     assert "input is not contiguous" in verdict.reason
 
 
-def test_a_recorded_output_that_fits_no_call_is_said(record: Recorder) -> None:
+def test_a_recorded_output_that_fits_no_call_is_said(record: Any) -> None:
     said, _ = damaged(record("flashinfer_fp4_quantize_8x4"), lambda result: result.update(result_1=torch.zeros(3)))
     assert "what it returned then does not fit the call" in said
 
@@ -281,7 +250,7 @@ def edited(place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return place
 
 
-def test_a_number_that_has_moved_between_releases_is_not_guessed(record: Recorder) -> None:
+def test_a_number_that_has_moved_between_releases_is_not_guessed(record: Any) -> None:
     place = record("flashinfer_trtllm_fp8_tensor_routed")  # SwigluStep, 7; Identity's number before 0.6.13
     assert isinstance(call_of(read(place)), Layer), "the release that the twins follow"
     edited(place, lambda entry: entry["versions"].update(flashinfer="0.6.11"))
@@ -289,7 +258,7 @@ def test_a_number_that_has_moved_between_releases_is_not_guessed(record: Recorde
         call_of(read(place))
 
 
-def test_a_buffer_that_was_on_another_device_is_told(record: Recorder) -> None:
+def test_a_buffer_that_was_on_another_device_is_told(record: Any) -> None:
     """vllm#38169: out= on the CPU. Here all of them will be on one device."""
 
     def elsewhere(entry: Mapping[str, Any]) -> None:

@@ -71,6 +71,8 @@ def test_ids_with_options_are_read_back(text: str) -> None:
             {"bias": "nobias", "weighting": "oninput", "experts": 1, "top_k": 1, "routing": "default"},
             "one weight for every token",
         ),
+        ({"bias": "nobias", "weighting": "oninput", "activation": "relu"}, "relu passes a factor on"),
+        ({"bias": "nobias", "weighting": "oninput", "activation": "identity"}, "identity passes a factor on"),
     ],
 )
 def test_combinations_that_say_nothing_are_impossible(change: dict[str, int | str], reason: str) -> None:
@@ -157,6 +159,7 @@ def test_the_oracle_is_the_formula(text: str) -> None:
         (BIASED.format("real").replace("swiglu", "swiglu_oai"), CUTLASS),
         (ON_INPUT, KERNEL),
         (ON_INPUT.replace("k1", "k3"), replace(KERNEL, routing_weight="bf16")),
+        (ON_INPUT.replace("k1", "k3"), replace(KERNEL, weighted_x="bf16")),
     ],
 )
 def test_right_kernels_pass_and_the_bound_is_tight(text: str, rounding: Rounding) -> None:
@@ -218,36 +221,6 @@ def test_wrong_biases_are_seen_and_named(
     assert (verdict.diagnosis.kind, name[:3].rstrip("_") in verdict.diagnosis.text) == (kind, True), verdict.reason
 
 
-ENTRY = "flashinfer.fused_moe.trtllm_fp8_per_tensor_scale_routed_moe"
-FP8_ON_INPUT = "moe.fp8_tensor-fp8_tensor.t33.h128.i128.e5.k1.default.swiglu.standard.real.oninput.s0"
-
-
-def _output_instead(**given: object) -> object:
-    """The flag is not looked at: weights multiply the output."""
-    return twins()[ENTRY](**{**given, "use_routing_scales_on_input": False})
-
-
-def _twice(**given: object) -> object:
-    """vllm's fault of quantised experts: the finalize does not ask the flag (B026)."""
-    ids = given["topk_ids"]
-    assert isinstance(ids, Tensor)
-    done = twins()[ENTRY](**given)
-    assert isinstance(done, Tensor)
-    weights = (ids << 16).view(torch.float32)
-    return (done * weights).to(done.dtype) if given.get("do_finalize", True) else done
-
-
-@pytest.mark.parametrize(("wrong", "kind"), [(_output_instead, "unweighted"), (_twice, "constant_factor")])
-def test_weights_elsewhere_than_on_the_input_are_seen_and_named(wrong: Callable[..., object], kind: str) -> None:
-    """Twice: with one expert a token, its row times a factor."""
-    right = BACKENDS["flashinfer_trtllm_fp8_tensor_routed_twin"]
-    assert judged(right, FP8_ON_INPUT).status is Status.PASSED
-    verdict = judged(planted(right, "wrong", {ENTRY: wrong}), FP8_ON_INPUT)
-    assert verdict.status is Status.WRONG
-    assert verdict.diagnosis is not None
-    assert verdict.diagnosis.kind == kind, verdict.reason
-
-
 # -- adapters, plans, shrinking
 
 
@@ -262,7 +235,11 @@ SUBJECTS = [
     ("flashinfer_trtllm_fp4_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu_step.standard.real.bias.s0"),
     ("flashinfer_trtllm_fp4_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.situ.standard.real.bias.s0"),
     ("flashinfer_trtllm_fp4_routed_twin", "moe.nvfp4-nvfp4.t8.h128.i128.e5.k2.renormalize.swiglu.standard.exact.bias.s0"),
-    ("flashinfer_trtllm_fp8_tensor_twin", FP8_ON_INPUT.replace("default", "llama4")),
+    (
+        "flashinfer_trtllm_fp8_tensor_twin",
+        "moe.fp8_tensor-fp8_tensor.t33.h128.i128.e5.k1.llama4.swiglu.standard.real.oninput.s0",
+    ),
+    ("torch_grouped_mm", "moe.bf16.t17.h64.i32.e6.k3.sigmoid.gelu.standard.real.half.oninput.s0"),
 ]
 
 
@@ -304,8 +281,10 @@ def test_plans_pair_the_options_with_everything_and_only_where_they_are_taken() 
     }
     planned = plan_backend(axes, BACKENDS["torch_grouped_mm"], CPU, 2)
     assert {(c.bias, c.fill) for c in planned} == {(b, f) for b in axes["bias"] for f in axes["fill"]}
-    assert {c.weighting for c in planned} == {"onoutput"}
-    assert {c.bias for c in plan_backend(axes, BACKENDS["torch_compile"], CPU, 2)} == {"nobias"}
+    assert {(c.bias, c.fill, c.activation) for c in planned if c.weighting == "oninput"} == {
+        ("nobias", "real", activation) for activation in axes["activation"]
+    }
+    assert {(c.bias, c.weighting) for c in plan_backend(axes, BACKENDS["torch_compile"], CPU, 2)} == {("nobias", "onoutput")}
 
 
 def test_shrinking_drops_the_options_first() -> None:

@@ -14,6 +14,7 @@ import pytest
 from harness import plan_files
 from harness.plan_files import READ, SOURCES, Text, kept
 
+SOME = ["-b", "flashinfer_trtllm_fp8_block*", "-b", "vllm_marlin_mxfp4", "-b", "torch_*"]
 ASKED: dict[str, Any] = {"platform": "cpu", "tier": "smoke", "backends": [], "ops": [], "cases": [], "plugins": []}
 
 
@@ -59,6 +60,20 @@ def test_the_program_is_its_files_its_libraries_and_the_environment(tmp_path: Pa
         change()
         found.append(plan_files._program.__wrapped__())
     assert len(set(found)) == 4
+
+
+def test_planning_opens_no_file_that_the_key_leaves_out(tmp_path: Path) -> None:
+    """Stored contracts, JSON, are a bisect's and the preflight's; a plan that asked them would hang on them."""
+    program = (
+        "import sys; opened = []; sys.addaudithook(lambda event, of: event == 'open' and opened.append(str(of[0])))\n"
+        f"from harness import cli; sys.argv[1:] = {['plan', '--platform', 'sm100', *SOME, '-o', str(tmp_path / 'plan.json')]}\n"
+        "cli.sys.exit = lambda code: None; cli.main(); print(*opened, sep='\\n')"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    mine = {Path(line).suffix for line in done.stdout.splitlines() if line.startswith(str(SOURCES))}
+    assert ".yaml" in mine
+    assert mine <= {".py", ".pyc", ".yaml"}
 
 
 def test_backends_read_no_other_environment() -> None:

@@ -360,4 +360,5 @@ def test_bits_are_not_due_where_the_activation_rounds(case_id: str, factor: floa
     inputs = make_inputs(case)
     assert expect(case, inputs, Rounding()).exact
     tiny = expect(case, variants.scaled_rows(inputs, factor), Rounding(), guard=False)
-    assert (tiny.exact, tiny.reason) == (False, "the activation rounds")
+    assert not tiny.exact
+    assert "the activation rounds" in tiny.reason

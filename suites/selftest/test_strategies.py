@@ -94,6 +94,7 @@ def test_a_backend_of_one_case_is_drawn_at_that_case() -> None:
     only = {"tokens": 33, "hidden": 256, "inter": 128, "experts": 5, "top_k": 2, "fill": "real", "skew": "uniform"}
     limits = tuple(Limit((a,), lambda c, a=a: None if c.axes[a] == only[a] else "not this") for a in only)  # type: ignore[misc]
     single = replace(GROUPED, limits=limits, activations=("swiglu",), routings=("renormalize",), biases=("nobias",))
+    single = replace(single, weightings=("onoutput",))
     strategy = cases(axes("torch_grouped_mm"), single, CPU, "bf16")
     assert strategy is not None
     found: set[str] = set()

@@ -1,4 +1,5 @@
-"""One expert's matrices out of trtllm-gen's physical layouts: rows unshuffled, K blocks joined, block scales unswizzled."""
+"""Numbers out of trtllm-gen's physical layouts: one expert's matrices, rows unshuffled, K blocks joined, block scales
+unswizzled; and what GEMM 1 reads of x."""
 
 from __future__ import annotations
 
@@ -64,6 +65,20 @@ def _times(values: Tensor, scales: Tensor) -> Tensor:
     """Every scale of a row times its block of columns."""
     rows, columns = values.shape
     return (values.view(rows, scales.shape[1], -1) * scales.unsqueeze(-1)).view(rows, columns)
+
+
+def activations(x: Tensor, scales: Tensor | None = None) -> Tensor:
+    """float32 [tokens, hidden] of x: plain numbers; E4M3 whose scale the epilogue applies; E4M3 with float32 or E8M0 scales;
+    packed E2M1 with E4M3 scales. Scales are linear, of any shape with tokens first."""
+    if x.element_size() > 1:
+        return x.float()
+    packed = x.dtype == torch.uint8
+    values = E2M1.decode(unpack_nibbles(x), torch.float32) if packed else E4M3.decode(x.view(torch.uint8), torch.float32)
+    if scales is None or not len(values):
+        return values
+    if scales.element_size() == 1:
+        scales = (E4M3 if packed else E8M0).decode(scales.view(torch.uint8), torch.float32)
+    return _times(values, scales.reshape(len(values), -1))
 
 
 def bf16(first: Tensor, second: Tensor, gated: bool) -> Weights:

@@ -21,8 +21,6 @@ from harness.twins.libs._trtllm_layer import Epilogue
 from harness.twins.libs._trtllm_routing import check, shared
 from harness.twins.libs._trtllm_signatures import SIGNATURES
 from harness.twins.libs.flashinfer_enums import ENUMS, ActivationType, Fp8QuantizationType, WeightLayout
-from reference.grid import E2M1, E4M3, E8M0
-from reference.layouts.linear import unpack_nibbles
 
 A = ActivationType
 TILE_K = 128  # intermediate sizes are multiples of it
@@ -72,11 +70,7 @@ def fp8_per_tensor(a: SimpleNamespace) -> list[Tensor]:
     scales = (a.output1_scales_scalar, a.output1_scales_gate_scalar, a.output2_scales_scalar)
     epilogue = Epilogue(activation, layer.e4m3, *scales, limit=a.gemm1_clamp_limit)
     matrices = weights.fp8(a.gemm1_weights, a.gemm2_weights, activation.is_gated)
-    return layer.run(a, _e4m3(a.hidden_states), _routed(a), matrices, epilogue)
-
-
-def _e4m3(x: Tensor) -> Tensor:
-    return E4M3.decode(x.view(torch.uint8), torch.float32)
+    return layer.run(a, weights.activations(a.hidden_states), _routed(a), matrices, epilogue)
 
 
 def fp8_block(a: SimpleNamespace) -> list[Tensor]:
@@ -113,7 +107,7 @@ def _deepseek(a: SimpleNamespace) -> list[Tensor]:
     checks.matrices(a, True, a.weight_layout)
     epilogue = Epilogue(A.Swiglu, layer.through("fp8_group:trtllm"), narrow=layer.through("fp8_group"), **_given(a))
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
-    x = _blocks(_e4m3(a.hidden_states), a.hidden_states_scale.T)
+    x = weights.activations(a.hidden_states, a.hidden_states_scale.T)
     return layer.run(a, x, _routed(a), weights.deepseek(data, scales, a.use_shuffled_weight), epilogue)
 
 
@@ -126,17 +120,8 @@ def _mxfp8(a: SimpleNamespace) -> list[Tensor]:
     checks.matrices(a, activation.is_gated, a.weight_layout)
     data, scales = (a.gemm1_weights, a.gemm2_weights), (a.gemm1_weights_scale, a.gemm2_weights_scale)
     matrices = weights.block_scaled(data, scales, activation.is_gated, "mxfp8")
-    x = _blocks(_e4m3(a.hidden_states), E8M0.decode(a.hidden_states_scale, torch.float32))
+    x = weights.activations(a.hidden_states, a.hidden_states_scale)
     return layer.run(a, x, _routed(a), matrices, Epilogue(activation, layer.through("mxfp8"), **_given(a)))
-
-
-def _blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """values [rows, columns] times linear block scales of any shape with rows first."""
-    rows, columns = values.shape
-    if not rows:
-        return values
-    scales = scales.reshape(rows, -1)
-    return (values.view(rows, scales.shape[1], -1) * scales.unsqueeze(-1)).view(rows, columns)
 
 
 def fp4(a: SimpleNamespace) -> list[Tensor]:
@@ -177,15 +162,13 @@ def _fp4_activations(a: SimpleNamespace, vector: int, hidden: int) -> tuple[Tens
         return x.float(), layer.as_bf16
     check(scales is not None and scales.dtype == FP8, "hidden_states_scale must be provided, as fp8")
     per_scale = x.shape[0] * hidden // scales.numel() if scales.numel() else vector
-    codes = scales.view(torch.uint8)
     if x.dtype == torch.uint8:
         check(vector == per_scale == 16, "Only E2m1 weights are supported by block scale MoE with E2m1 activation")
-        values = E2M1.decode(unpack_nibbles(x), torch.float32)
         nvfp4 = layer.through("nvfp4", 1.0)
-        return _blocks(values, E4M3.decode(codes, torch.float32)), lambda middle: nvfp4(layer.as_bf16(middle))
+        return weights.activations(x, scales), lambda middle: nvfp4(layer.as_bf16(middle))
     check(x.dtype == FP8, "hidden_states must be bf16, fp8 or uint8 (packed fp4).")
     check(vector == per_scale == 32, "Unsupported hidden state scale shape.")
-    return _blocks(_e4m3(x), E8M0.decode(codes, torch.float32)), layer.through("mxfp8")
+    return weights.activations(x, scales), layer.through("mxfp8")
 
 
 def mxint4(a: SimpleNamespace) -> list[Tensor]:
