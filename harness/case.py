@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from harness.anchors import Products
 from harness.axes import ACTIVATION_FORMATS as ACTIVATION_FORMATS
@@ -24,6 +24,8 @@ from harness.axes import OPS as OPS
 from harness.axes import SKEWS as SKEWS
 from harness.axes import WEIGHTINGS as WEIGHTINGS
 from harness.errors import CaseError, UnknownName
+from harness.recipe import Recipe as Recipe
+from harness.recipe import plain
 from reference.activation import ACTIVATIONS
 from reference.format import WHOLE
 from reference.formats import all_formats
@@ -49,56 +51,6 @@ class Shape:
 
     def __str__(self) -> str:
         return f"t{self.tokens}.h{self.hidden}.i{self.inter}.e{self.experts}.k{self.top_k}"
-
-
-@dataclass(frozen=True, order=True)
-class Recipe:
-    """Format names of what the layer reads and writes: weights, activations, the input of GEMM 2, the output.
-
-    Text: `weights[-acts[-middle[-out]]]`, trailing defaults dropped. Defaults: acts = weights where those are plain, else
-    bf16; middle = acts; out = acts where plain, else bf16. The accumulator is the backend's: `Rounding.accumulate`. Where
-    acts are quantised, the tokens' values are given in `out`'s type and are fixed points of the quantiser.
-    """
-
-    weights: str
-    acts: str
-    middle: str
-    out: str
-
-    @classmethod
-    @lru_cache(maxsize=1024)  # a journal of 100,000 cases has a few dozen
-    def parse(cls, text: str) -> Recipe:
-        """The recipe written as `text`; CaseError if it has more than four parts, UnknownName for an unknown format."""
-        parts = text.split("-")
-        if len(parts) > 4 or not all(parts):
-            raise CaseError(f"recipe {text!r} does not parse; wanted weights[-acts[-middle[-out]]], e.g. nvfp4 or mxfp4-fp16")
-        for name in parts:
-            if name not in all_formats():
-                raise UnknownName("format", name, all_formats())
-        weights = parts[0]
-        acts = parts[1] if len(parts) > 1 else (weights if _plain(weights) else "bf16")
-        middle = parts[2] if len(parts) > 2 else acts
-        out = parts[3] if len(parts) > 3 else (acts if _plain(acts) else "bf16")
-        return cls(weights, acts, middle, out)
-
-    @property
-    def carrier(self) -> str:
-        """The plain format in which x is handed over."""
-        return self.acts if _plain(self.acts) else self.out
-
-    @cached_property
-    def _text(self) -> str:
-        parts = [self.weights, self.acts, self.middle, self.out]
-        while len(parts) > 1 and Recipe.parse("-".join(parts[:-1])) == self:
-            parts.pop()
-        return "-".join(parts)
-
-    def __str__(self) -> str:
-        return self._text
-
-
-def _plain(name: str) -> bool:
-    return all_formats()[name].scaling is None
 
 
 @dataclass(frozen=True, order=True)
@@ -246,7 +198,7 @@ def _top_k(case: Case) -> str | None:
 
 def _roles(case: Case) -> str | None:
     recipe = case.recipe
-    if not _plain(recipe.out):
+    if not plain(recipe.out):
         return f"recipe {recipe}: the output is written in a plain type, not {recipe.out}"
     for name in (recipe.acts, recipe.middle):
         scaling = all_formats()[name].scaling
@@ -310,7 +262,7 @@ def _exact_middle(case: Case) -> str | None:
 
 
 def _probe_recipe(case: Case) -> str | None:
-    if case.fill == "idcode" and not (_plain(case.recipe.acts) and _plain(case.recipe.middle)):
+    if case.fill == "idcode" and not (plain(case.recipe.acts) and plain(case.recipe.middle)):
         return f"recipe {case.recipe}: the idcode fill has no anchors for the scales of quantised activations"
     return None
 
@@ -347,7 +299,7 @@ def _passed_on(case: Case) -> str | None:
 
 def _written(case: Case) -> str | None:
     recipe, scaling = case.recipe, all_formats()[case.recipe.weights].scaling
-    if recipe != Recipe.parse(f"{recipe.weights}-{recipe.acts}") or not _plain(recipe.acts):
+    if recipe != Recipe.parse(f"{recipe.weights}-{recipe.acts}") or not plain(recipe.acts):
         return f"recipe {recipe}: a quantiser writes one format and reads one plain type"
     rows = scaling is not None and scaling.group[0] in (1, WHOLE) and not scaling.zero_points
     if scaling is None or not rows or (scaling.global_scale and not scaling.static):
@@ -366,7 +318,7 @@ def _op_elements(case: Case) -> str | None:
 
 
 def _one_type(case: Case) -> str | None:
-    ok = case.recipe == Recipe.parse(case.recipe.weights) and _plain(case.recipe.weights)
+    ok = case.recipe == Recipe.parse(case.recipe.weights) and plain(case.recipe.weights)
     return None if ok else f"recipe {case.recipe}: wanted one plain type"
 
 

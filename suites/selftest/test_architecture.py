@@ -17,6 +17,7 @@ CORE = (
     "batched",
     "anchors",
     "case",
+    "recipe",
     "checks",
     "compare",
     "covering",
