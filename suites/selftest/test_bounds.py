@@ -110,7 +110,7 @@ def test_the_error_of_a_rounded_routing_weight_is_known() -> None:
 
 
 def test_a_gate_that_comes_back_unchanged_costs_what_the_activation_did() -> None:
-    """bf16 spacing 2**-6: gelu(3.5) = 3.4992 is rounded back to 3.5, gelu(2.5) = 2.4845 is not rounded to 2.5."""
+    """bf16 spacing 2**-6: gelu(3.5) = 3.4992 is rounded back to 3.5, gelu(2.5) = 2.48448 to 159 * 2**-6."""
     identity = torch.eye(1, dtype=torch.float64)
     weights, gelu = ExpertWeights(identity, None, identity), ACTIVATIONS["gelu"]
     rounding = Rounding(gate_up="bf16", middle="bf16")
@@ -120,16 +120,28 @@ def test_a_gate_that_comes_back_unchanged_costs_what_the_activation_did() -> Non
 
     slope = {3.5: 1.00282, 2.5: 1.03761}  # d gelu: Phi(g) + g phi(g)
     assert variance(3.5) == pytest.approx(slope[3.5] ** 2 * ONE + (3.5 * 2.32629e-4) ** 2, rel=1e-3)
-    assert variance(2.5) == pytest.approx(slope[2.5] ** 2 * ONE + ONE, rel=1e-3)
+    assert variance(2.5) == pytest.approx(slope[2.5] ** 2 * ONE + (2.5 * 0.99379033 - 159 * 2.0**-6) ** 2, rel=1e-3)
 
 
-@pytest.mark.parametrize(("share", "wanted"), [(0.45, (0.45 * 2.0**-6) ** 2), (0.55, ONE)])
-def test_a_gate_comes_back_unchanged_up_to_half_a_spacing(share: float, wanted: float) -> None:
+@pytest.mark.parametrize(("share", "error"), [(0.45, 0.45), (0.55, 0.45), (1.0, 0.0)])
+def test_what_rounding_an_activated_gate_of_the_grid_changes_is_known(share: float, error: float) -> None:
     identity = torch.eye(1, dtype=torch.float64)
     shifted = Activation("shifted", False, False, lambda g: g - share * 2.0**-6, lambda u: u)
     weights, rounding = ExpertWeights(identity, None, identity), Rounding(gate_up="bf16", middle="bf16")
     variance = middle_error(forward(3 * identity, weights, shifted), weights, shifted, rounding).variance
-    assert variance.item() == pytest.approx(ONE + wanted, rel=1e-3)
+    assert variance.item() == pytest.approx(ONE + (error * 2.0**-6) ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
+def test_an_activation_of_few_gates_errs_by_their_errors(activation: str) -> None:
+    """bf16 gates of deviation 1: of silu the middle's own errors are 10 % more than uniform ones."""
+    function, gates = ACTIVATIONS[activation], torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0)).double()
+    identity, rounding = torch.eye(1, dtype=torch.float64), Rounding(gate_up="bf16", middle="bf16")
+    weights = ExpertWeights(identity, None, identity)
+    done, rounded = forward(gates, weights, function), forward(gates, weights, function, rounding)
+    measured = (rounded.middle - done.middle).square().sum()
+    predicted = middle_error(done, weights, function, rounding).variance.sum()
+    assert float(measured / predicted) == pytest.approx(1, abs=0.02)
 
 
 def test_variance_of_a_rounding_is_a_twelfth_of_the_squared_spacing() -> None:
@@ -176,6 +188,22 @@ def test_the_sum_of_two_values_of_a_grid_errs_by_multiples_of_the_finer_spacing(
     assert float(finalize_variance(rows, torch.zeros_like(rows), ones, rounding).mean() / measured) == pytest.approx(
         1, abs=0.02
     )
+
+
+def test_the_output_of_unweighted_rows_errs_by_multiples_of_the_finest_spacing() -> None:
+    """Weights on the input: rows that are bf16 already are summed in fp32 and rounded once. Other weights leave the grid."""
+    bf16 = FLOATS["bf16"]
+    rows = bf16.round(torch.randn(100_000, 3, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    for weight, rounding in ((1.0, Rounding(row="bf16", out="bf16")), (0.7, Rounding(weighted="bf16", out="bf16"))):
+        weighted = bf16.round(rows * weight)
+        total, weights = weighted.sum(1), torch.full((100_000, 3), weight, dtype=torch.float64)
+        measured = (bf16.round(total) - total).square().mean()
+        less = replace(rounding, out=None)
+        predicted = [finalize_variance(rows, torch.zeros_like(rows), weights, r).mean() for r in (rounding, less)]
+        assert float((predicted[0] - predicted[1]) / measured) == pytest.approx(1, abs=0.02)
+    free = finalize_variance(rows, torch.zeros_like(rows), weights, Rounding(row="bf16", out="bf16")).mean()
+    even = finalize_variance(rows, torch.zeros_like(rows), weights, Rounding(out="bf16")).mean()
+    assert float(free) == float(even)
 
 
 def test_variance_without_declared_roundings_is_that_of_fp32() -> None:
