@@ -150,6 +150,6 @@ FAULTS = (
         "B232",
         FirstSlotsWeight,
         "https://github.com/vllm-project/vllm-xpu-kernels/pull/66",
-        ("unweighted", "zero_weight", "duplicate_expert"),
+        ("unweighted", "zero_weight", "duplicate_expert", "constant_factor"),  # a shared slot's: its expert's factor
     ),
 )
