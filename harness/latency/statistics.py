@@ -157,7 +157,8 @@ def summary(slots: Sequence[Sequence[float]], confidence: float = 0.99) -> Summa
     medians = sorted(statistics.median(slot) for slot in slots)
     outer = outermost(len(medians), confidence)
     percentiles = (calls[round(q * (len(calls) - 1))] for q in (0.05, 0.95))
-    return Summary(len(calls), statistics.median(calls), medians[outer], medians[-1 - outer], *percentiles)
+    middle = statistics.median(calls)  # of unequal slots it may lie beyond those of their medians
+    return Summary(len(calls), middle, min(medians[outer], middle), max(medians[-1 - outer], middle), *percentiles)
 
 
 def outermost(count: int, confidence: float) -> int:
