@@ -230,11 +230,8 @@ def test_a_failure_has_a_page_with_its_evidence_and_its_picture(browser: Any, re
         text = tab.inner_text("#detail")
         for part in ("missing_expert", "predicts 100 % of the error", "1.23e+03", "expected", "Rerun", "x86_64", "1 of 3,004"):
             assert part in text.replace("3004", "3,004")
-        assert tab.evaluate("(i => [i.complete, i.naturalWidth, i.naturalHeight])(document.querySelector('#detail img'))") == [
-            True,
-            64,
-            32,
-        ]
+        size = tab.evaluate("(i => [i.complete, i.naturalWidth, i.naturalHeight])(document.querySelector('#detail img'))")
+        assert size == [True, 64, 32]
         assert tab.is_hidden("#all")
         assert tab.title().startswith("WRONG ours")
         tab.click("text=Next")
@@ -385,9 +382,9 @@ def test_hostile_verdicts_are_text(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_report_of_faults_alone_opens(browser: Any, tmp_path: Path) -> None:
-    page.write(tmp_path / "f.html", Report(kills=page_parts.kills(ROOT / "configs/baselines/cpu_ci_faults.json")))
+    kills = page_parts.kills(ROOT / "configs/baselines/cpu_ci_faults.json")
+    page.write(tmp_path / "f.html", Report(kills=kills))
     with watched(browser) as visit:
-        kills = page_parts.kills(ROOT / "configs/baselines/cpu_ci_faults.json")
         assert f"{kills.killed} of {kills.planted} planted faults killed" in visit(tmp_path / "f.html").inner_text("h1")
 
 
